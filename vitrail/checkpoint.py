@@ -1,0 +1,239 @@
+"""Run folders: each file is written whole or not at all, describes itself, and holds no pickle.
+
+    recipe.yaml                  every setting, and who set it        written once
+    environment.json             versions, hardware, command          one entry each time the run is started or resumed
+    metrics.jsonl                a line an epoch
+    results.json                 the figures of the last weights
+    predictions.safetensors      what those say of each image of the evaluated split
+    model/config.json            shape, class names, preprocessing    enough to use the weights beside it
+    model/model.safetensors
+    last/state.safetensors       all that resuming needs
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitrail.errors import BadInput
+from vitrail.model import ViTConfig, VisionTransformer
+from vitrail.recipes import Recipe, Resolved
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Have `save` write a file beside `path`, then put it in its place in one step that cannot be interrupted.
+
+    Raises:
+        OSError: it could not be written (no space left, say); what stood at `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """Write tensors in one step, with `about` as JSON in the header. The same tensors give the same bytes."""
+    # One key only: safetensors writes several in no fixed order.
+    metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else None
+
+    def save(partial: Path) -> None:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:  # its way of saying that the disk is full
+            raise OSError(f"could not write {path}: {error}") from error
+
+    write(path, save)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what was said `about` them.
+
+    Raises:
+        BadInput: there is no such file, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}") from None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What was said `about` the tensors of a file, which are not read."""
+    with safe_open(path, framework="pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+        return about
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. `create` makes one, `open` takes up an existing one."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, wanted: Path) -> "Run":
+        """A new folder: `wanted`, or, where that exists, `wanted-2`, `wanted-3` and so on."""
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return cls(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """An existing run.
+
+        Raises:
+            BadInput: there is no folder of that name, or it is no run folder.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise BadInput(f"there is no run folder {path}.")
+        if not (path / "recipe.yaml").is_file() and not (path / "model" / "config.json").is_file():
+            raise BadInput(f"{path} is no run folder: it has neither a recipe.yaml nor a model/config.json.")
+        return cls(path)
+
+    def write_recipe(self, resolved: Resolved) -> None:
+        """Keep every setting, and who set it."""
+        settings = {
+            name: {"value": value, "set_by": resolved.set_by[name]} for name, value in asdict(resolved.recipe).items()
+        }
+        lines = [f"  {name}: {json.dumps(setting)}\n" for name, setting in settings.items()]  # JSON is YAML, a line each
+        write_text(self.path / "recipe.yaml", f"recipe: {resolved.name}\nsettings:\n{''.join(lines)}")
+
+    def recipe(self) -> Resolved:
+        """The recipe of the run.
+
+        Raises:
+            BadInput: it is missing, damaged, or of another version of Vitrail.
+        """
+        path = self.path / "recipe.yaml"
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = content["settings"]
+            recipe = Recipe(**{name: setting["value"] for name, setting in settings.items()})
+            return Resolved(content["recipe"], recipe, {name: setting["set_by"] for name, setting in settings.items()})
+        except FileNotFoundError:
+            raise BadInput(f"{self.path} has no recipe.yaml: it is no training run.") from None
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path} is damaged or of another version of Vitrail: {error}.") from None
+
+    def save_model(self, model: VisionTransformer, classes: tuple[str, ...]) -> None:
+        """Write the weights to ship, and beside them all that is needed to use them."""
+        config = {
+            "architecture": "VisionTransformer",
+            "model": asdict(model.config),
+            "classes": list(classes),
+            "preprocessing": {"image_size": model.config.image_size, "mean": [0.5] * 3, "std": [0.5] * 3},
+        }
+        write_text(self.path / "model" / "config.json", json.dumps(config, indent=2) + "\n")
+        write_tensors(self.path / "model" / "model.safetensors", model.state_dict())
+
+    def config(self) -> tuple[ViTConfig, tuple[str, ...]]:
+        """The model's shape and its class names.
+
+        Raises:
+            BadInput: `model/config.json` is missing or damaged.
+        """
+        path = self.path / "model" / "config.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name for field in fields(ViTConfig)}
+            if unknown := set(content["model"]) - known:
+                raise BadInput(f"{path} has settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
+            return ViTConfig(**content["model"]), tuple(map(str, content["classes"]))
+        except FileNotFoundError:
+            raise BadInput(f"{self.path} holds no model yet: {path} is missing.") from None
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path} is damaged: {error}.") from None
+
+    def load_model(self) -> tuple[VisionTransformer, tuple[str, ...]]:
+        """The model with its weights, and its class names.
+
+        Raises:
+            BadInput: a file is missing or damaged, or the weights are not of the shape that the config says.
+        """
+        config, classes = self.config()
+        path = self.path / "model" / "model.safetensors"
+        tensors, _ = read_tensors(path)
+        with torch.device("meta"):
+            model = VisionTransformer(config)
+        if len(classes) != config.num_classes:
+            raise BadInput(f"{self.path}/model/config.json names {len(classes)} classes of {config.num_classes}.")
+        check_shapes(model.state_dict(), tensors, path)
+        model.load_state_dict(tensors, assign=True)
+        return model, classes
+
+    def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+        """Write all that resuming needs: weights, the optimizer's state, and `progress` as JSON."""
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for name, weight in model.named_parameters():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
+        write_tensors(self.path / "last" / "state.safetensors", tensors, progress)
+
+    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Put the saved state into a model and its optimizer; returns `progress`.
+
+        Raises:
+            BadInput: there is no state, it is damaged, or it is of a model of another shape.
+        """
+        path = self.path / "last" / "state.safetensors"
+        if not path.is_file():
+            raise BadInput(f"{self.path} cannot be resumed: it was ended before its first checkpoint. Train anew.")
+        tensors, progress = read_tensors(path)
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        check_shapes(model.state_dict(), weights, path)
+        model.load_state_dict(weights)
+        for name, weight in model.named_parameters():
+            prefix = f"optimizer.{name}."
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    # Adam counts its steps in a tensor without dimensions, which fused kernels want on the device too.
+                    optimizer.state[weight][key.removeprefix(prefix)] = value.to(weight.device)
+        return progress
+
+
+def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Compare the names and shapes of weights.
+
+    Raises:
+        BadInput: some are missing, unexpected or misshapen; the message lists them.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BadInput(f"the weights of {path} are not this model's: {'; '.join(problems[:8])}{more}.")

@@ -1,0 +1,73 @@
+"""What a run ran on: versions, commit, hardware, command. A figure without them cannot be reproduced."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("vitrail", "torch", "numpy", "pillow")
+
+
+def describe(device: torch.device, step: int) -> dict[str, Any]:
+    """One entry of `environment.json`: what is true of a run that takes up its work now, at `step`."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": command(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def command() -> str:
+    """The command line as it could be typed again, or the name of the program that called Vitrail from Python."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    if program in ("vitrail", "__main__.py"):
+        return shlex.join(["vitrail", *sys.argv[1:]])
+    return f"vitrail.train in {program or 'an interactive session'}"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that Vitrail runs from, `+changes` where files differ; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", __file__):  # installed below somebody else's checkout
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(folder)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,17 @@
+"""What can go wrong in a way that the user can mend. The command line turns each into a sentence and an exit status."""
+
+
+class BadInput(Exception):
+    """Bad usage or bad input (exit status 2). The message names the thing, says what is wrong and what would do."""
+
+
+class Diverged(Exception):
+    """The loss is no longer finite (exit status 3). The message names the metric and the step."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved. `status` is 130 for SIGINT and 143 for SIGTERM."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

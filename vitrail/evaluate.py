@@ -1,0 +1,124 @@
+"""Logits → figures."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from vitrail.batches import evaluation_batches
+from vitrail.cache import Images
+from vitrail.errors import BadInput
+from vitrail.progress import track
+
+CALIBRATION_BINS = 15  # as Guo et al., "On Calibration of Modern Neural Networks" (1706.04599)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each image of a split, in the split's order. N images; k is 5, or all classes if fewer."""
+
+    label: NDArray[np.int64]  # (N,)
+    predicted: NDArray[np.int64]  # (N, k) classes, the most probable first
+    probability: NDArray[np.float32]  # (N, k) theirs
+    loss: NDArray[np.float32]  # (N,) cross-entropy, in nats
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By name, as they are kept in `predictions.safetensors`."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """Of one class: how many images it has, and the share of them that is recognised (None where it has none)."""
+
+    name: str
+    count: int
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is reported of a split. Rates are fractions of 1, the loss is the mean cross-entropy in nats."""
+
+    count: int
+    top1: float
+    top5: float
+    loss: float
+    calibration_error: float
+    per_class: tuple[ClassFigures, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in `results.json`."""
+        return asdict(self)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for `auto` CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises:
+        BadInput: this machine has no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise BadInput(f"there is no {name} device here; there is {', '.join(d for d, is_there in available.items() if is_there)}.")
+    return torch.device(name)
+
+
+@torch.inference_mode()
+def predict_split(
+    model: nn.Module,
+    images: Images,
+    *,
+    image_size: int,
+    batch_size: int = 200,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Predictions:
+    """Run the model over every image of a split, each counted once. The model is left in evaluation mode."""
+    model.eval()
+    labels, predicted, probabilities, losses = [], [], [], []
+    with track(len(images), "evaluating", "images") as advance:
+        for batch, label in evaluation_batches(images, image_size, batch_size, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(batch)
+            top = F.softmax(logits.double(), dim=1).topk(min(5, logits.shape[1]))
+            labels.append(label)
+            predicted.append(top.indices)
+            probabilities.append(top.values.float())
+            losses.append(F.cross_entropy(logits.float(), label, reduction="none"))
+            advance(len(label))
+    arrays = (torch.cat(parts).cpu().numpy() for parts in (labels, predicted, probabilities, losses))
+    return Predictions(*arrays)
+
+
+def figures(predictions: Predictions, classes: tuple[str, ...]) -> Figures:
+    """The figures of a split from its predictions."""
+    right = predictions.predicted == predictions.label[:, None]  # (N, k)
+    counts = np.bincount(predictions.label, minlength=len(classes))
+    hits = np.bincount(predictions.label[right[:, 0]], minlength=len(classes))
+    return Figures(
+        count=len(predictions.label),
+        top1=float(right[:, 0].mean()),
+        top5=float(right.any(axis=1).mean()),
+        loss=float(predictions.loss.mean(dtype=np.float64)),
+        calibration_error=calibration_error(predictions.probability[:, 0], right[:, 0]),
+        per_class=tuple(
+            ClassFigures(name, int(count), float(hit / count) if count else None)
+            for name, count, hit in zip(classes, counts, hits, strict=True)
+        ),
+    )
+
+
+def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error: how far confidence and accuracy lie apart in equally wide bins of confidence,
+    weighted by their images (Guo et al., equation 3). Bins are open below and closed above, as theirs."""
+    place = np.clip(np.ceil(confidence.astype(np.float64) * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gap = np.zeros(CALIBRATION_BINS)
+    np.add.at(gap, place, confidence - right.astype(np.float64))
+    return float(np.abs(gap).sum() / len(confidence))

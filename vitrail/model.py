@@ -1,0 +1,317 @@
+"""The Vision Transformer of "An Image is Worth 16x16 Words" (arXiv 2010.11929), as its official JAX code computes it.
+
+Read it from the bottom up: `VisionTransformer` is the paper's section 3.1, each class above it one of its parts.
+
+    B batch    T tokens (patches, and the class token)    D hidden_size    F mlp_dim
+    H heads    K = D / H, width of a head                 P patch_size     C classes
+
+Where the paper's text, the official code and other implementations differ, this follows the official code: GELU by
+its tanh approximation, LayerNorm with an epsilon of 1e-6, dropout after the position embeddings, after attention and
+after each layer of the MLP, and the initial weights of `VisionTransformer.initialise`.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.errors import BadInput
+
+LAYER_NORM_EPS = 1e-6
+# On a CPU plain matrix products beat torch's fused attention as long as the (T, T) matrices stay in cache
+# (docs/log.md has the measurement); elsewhere the fused kernel always wins, and needs no (T, T) memory.
+PLAIN_ATTENTION_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The shape of a Vision Transformer. The defaults are ViT-B/16 as pre-trained on ImageNet.
+
+    Raises:
+        BadInput: a size does not divide as it must; the message says which sizes would do.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 768
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    num_layers: int = 12
+    num_classes: int = 1000
+    classifier: Literal["token", "gap"] = "token"
+    representation_size: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            below = self.image_size - self.image_size % self.patch_size
+            sizes = " or ".join(str(size) for size in (below, below + self.patch_size) if size)
+            patches = ", ".join(str(n) for n in range(1, self.image_size + 1) if self.image_size % n == 0)
+            raise BadInput(
+                f"images of {self.image_size} pixels do not divide into patches of {self.patch_size}: "
+                f"take images of {sizes}, or patches of {patches}."
+            )
+        if self.hidden_size % self.num_heads:
+            heads = ", ".join(str(n) for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0)
+            raise BadInput(f"{self.num_heads} heads do not divide a width of {self.hidden_size}: take {heads} heads.")
+        if self.num_classes < 1:
+            raise BadInput(f"a model of {self.num_classes} classes has nothing to tell apart.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the length of the sequence: every patch, and the class token where there is one."""
+        return self.grid**2 + (self.classifier == "token")
+
+
+class Dropout(nn.Module):
+    """Zeroes each activation with probability `rate` in training and scales up the rest."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        if not self.training or self.rate == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.rate)
+        # A CPU draws its noise one number after another, which made F.dropout a third of a whole training step.
+        # Sixteen bits are enough to decide, so that one 64-bit draw decides for four activations.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        noise = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = round(self.rate * 2**16)
+        return x * (noise >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+class PatchEmbedding(nn.Module):
+    """Image → patches → linear projection: the x_p E of equation 1.
+
+    A convolution whose stride is its kernel is that projection; its weight has the official code's layout, transposed.
+    """
+
+    def __init__(self, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Conv2d(3, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B patches D"]:
+        return F.linear(self.patchify(images), self.projection.weight.flatten(1), self.projection.bias)
+
+    def patchify(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B patches pixels"]:
+        """Cut images into patches, row by row; a patch's pixels are flattened channel first."""
+        batch, channels, height, width = images.shape
+        size = self.patch_size
+        cells = images.reshape(batch, channels, height // size, size, width // size, size)
+        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, rows · columns, 3 · P · P)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: equations 5 to 8 (appendix A), the MSA of equation 2.
+
+    Query, key and value come from one matrix product; rows 0 to D of its weight make the queries, the next D the
+    keys, the last D the values.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        q, k, v = self.project(x)
+        if x.device.type == "cpu" and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
+            heads = self.softmax(q, k) @ v
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v)
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, T, K) → (B, T, D)
+
+    def weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
+        """How much each token (row) takes from each other (column): equation 6. Each row adds up to 1."""
+        q, k, _ = self.project(x)
+        return self.softmax(q, k)
+
+    def project(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B H T K"], ...]:
+        """Queries, keys and values of every head: equation 5."""
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    @staticmethod
+    def softmax(q: Float[Tensor, "B H T K"], k: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H T T"]:
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between them: the MLP of equation 3."""
+
+    def __init__(self, hidden_size: int, mlp_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, mlp_dim)
+        self.out = nn.Linear(mlp_dim, hidden_size)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        hidden = self.dropout(F.gelu(self.hidden(x), approximate="tanh"))  # (B, T, F)
+        return self.dropout(self.out(hidden))
+
+
+class TransformerEncoderBlock(nn.Module):
+    """One layer of the encoder: equations 2 and 3, each with its residual."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, LAYER_NORM_EPS)
+        self.attention = Attention(config.hidden_size, config.num_heads)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, LAYER_NORM_EPS)
+        self.mlp = MLP(config.hidden_size, config.mlp_dim, config.dropout)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def attention_weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
+        """The attention that this block pays, given its input."""
+        return self.attention.weights(self.attention_norm(x))
+
+
+class VisionTransformer(nn.Module):
+    """Section 3.1: patches and a class token go through L encoder blocks; a head reads the class from the result.
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embedding = PatchEmbedding(config.patch_size, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.classifier == "token" else None
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerEncoderBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.pre_logits = nn.Linear(width, config.representation_size) if config.representation_size else None
+        self.head = nn.Linear(config.representation_size or width, config.num_classes)
+        self.initialise()
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B C"]:
+        """Logits of normalised images.
+
+        Raises:
+            BadInput: the images are not of the shape that the model was made for.
+        """
+        return self.forward_head(self.forward_encoder(self.embed(images)))
+
+    def embed(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B T D"]:
+        """z_0 of equation 1: projected patches behind the class token, each with its position embedding."""
+        size = self.config.image_size
+        if images.shape[1:] != (3, size, size):
+            raise BadInput(
+                f"the model takes images of shape (batch, 3, {size}, {size}), not {tuple(images.shape)}: "
+                f"resize them, or load the model with image_size=… to resize its position embeddings."
+            )
+        tokens = self.patch_embedding(images)
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return self.dropout(tokens + self.position_embedding)
+
+    def forward_encoder(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward_head(self, encoded: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
+        """y of equation 4, from the class token or the mean of all tokens, and the classification head."""
+        y = encoded[:, 0] if self.config.classifier == "token" else encoded.mean(dim=1)
+        if self.pre_logits is not None:
+            y = torch.tanh(self.pre_logits(y))
+        return self.head(y)
+
+    def attention(
+        self, images: Float[Tensor, "B 3 height width"], layers: Collection[int] | None = None
+    ) -> dict[int, Float[Tensor, "B H T T"]]:
+        """Attention weights by layer (from 0), computed explicitly for the layers asked for; all of them if None.
+
+        Raises:
+            BadInput: there is no such layer, or the images are of another shape than the model's.
+        """
+        wanted = set(range(len(self.blocks)) if layers is None else layers)
+        if missing := wanted - set(range(len(self.blocks))):
+            raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")
+        found = {}
+        tokens = self.embed(images)
+        for layer, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            if layer in wanted:
+                found[layer] = block.attention_weights(tokens)
+            tokens = block(tokens)
+        return found
+
+    @torch.no_grad()
+    def resize(self, image_size: int) -> None:
+        """Make the model one for images of another size, as fine-tuning at a higher resolution does (section 3.2).
+
+        Raises:
+            BadInput: the size is no multiple of the patch size.
+        """
+        config = replace(self.config, image_size=image_size)
+        grids = (self.config.grid, self.config.grid), (config.grid, config.grid)
+        self.position_embedding = nn.Parameter(resize_position_embedding(self.position_embedding, *grids))
+        self.config = config
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Initial weights as in the official code (models_vit.py): all of them are set here and nowhere else.
+
+        Xavier uniform for every matrix of the blocks, MLP biases N(0, 1e-6), position embeddings N(0, 0.02), LeCun
+        normal for the patch embedding and the representation layer, zero for the head, the class token and the rest
+        of the biases: a new model gives each class the same probability.
+        """
+        lecun_normal_(self.patch_embedding.projection)
+        nn.init.normal_(self.position_embedding, std=0.02)
+        for block in self.blocks:
+            # Each of q, k and v is a matrix of its own: taken as one (3D, D) matrix, their range would be 0.71 of this.
+            for matrix in block.attention.qkv.weight.chunk(3):
+                nn.init.xavier_uniform_(matrix)
+            nn.init.zeros_(block.attention.qkv.bias)
+            nn.init.xavier_uniform_(block.attention.out.weight)
+            nn.init.zeros_(block.attention.out.bias)
+            for layer in (block.mlp.hidden, block.mlp.out):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.normal_(layer.bias, std=1e-6)
+        if self.pre_logits is not None:
+            lecun_normal_(self.pre_logits)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+def lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Flax's default: a normal cut off at two standard deviations, of variance 1 / fan-in after the cut; bias 0."""
+    std = 1 / math.sqrt(layer.weight[0].numel()) / 0.87962566103423978  # the cut leaves 0.8796 of the deviation
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def resize_position_embedding(
+    embedding: Float[Tensor, "1 T D"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Tensor, "1 new_T D"]:
+    """Position embeddings for another image size (section 3.2): the grid bilinearly, corners aligned, as the official
+    code does (checkpoint.py, SciPy's zoom of order 1); the class token's, where there is one, stays."""
+    extra = embedding.shape[1] - grid[0] * grid[1]  # 1 with a class token, else 0
+    cells = embedding[:, extra:].reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    cells = F.interpolate(cells, new_grid, mode="bilinear", align_corners=True)
+    return torch.cat([embedding[:, :extra], cells.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,137 @@
+"""What to train: one frozen dataclass whose fields are the settings, and the table of recipes.
+
+Every field is also a flag of `vitrail train` (`num_layers` is `--num-layers`), so that what can be set, its
+type, its default and its help stand here and nowhere else. Nothing here imports torch: help must be instant.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vitrail.errors import BadInput
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of `Recipe`: its default, and the sentence that `vitrail train -h` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a training run computes. Checked once, on construction.
+
+    Raises:
+        BadInput: a value is out of range, or two values do not go together.
+    """
+
+    # The images
+    data: str = setting("digits", "digits, tiny-imagenet, a folder, or a .zip / .tar archive")
+    holdout: float = setting(0.0, "tune on this share of the training images, held out, instead of the real split")
+    image_size: int = setting(64, "side of the square that the model sees, in pixels")
+    flip: bool = setting(False, "mirror half of the training images")
+    rotate: float = setting(0.0, "rotate each training image by up to this many degrees either way")
+    crop: int = setting(0, "shift each training image by up to this many pixels, edges reflected")
+
+    # The model, in the paper's words
+    patch_size: int = setting(8, "side of a patch, in pixels")
+    hidden_size: int = setting(384, "width of a token")
+    mlp_dim: int = setting(1536, "width of the MLP's hidden layer")
+    num_heads: int = setting(6, "attention heads")
+    num_layers: int = setting(6, "encoder blocks")
+    classifier: Literal["token", "gap"] = setting("token", "the head reads the class token, or the mean of all tokens")
+    representation_size: int | None = setting(None, "width of a tanh layer before the head (none: a linear head)")
+    dropout: float = setting(0.0, "share of activations dropped")
+
+    # The optimisation
+    epochs: int = setting(100, "passes over the training images")
+    batch_size: int = setting(200, "images a step")
+    accumulate: int = setting(1, "work through each batch in this many parts, to save memory")
+    optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "adam: its weight decay is coupled (L2)")
+    lr: float = setting(1e-3, "peak learning rate")
+    weight_decay: float = setting(0.0, "weight decay (adamw: decoupled, and not on biases, norms and embeddings)")
+    schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "of the learning rate, after the warm-up, to 0")
+    warmup: float = setting(0.02, "linear warm-up: a share of all steps, or, from 1 up, a number of steps")
+    clip: float | None = setting(None, "clip the gradient's global norm to this")
+
+    # Where and how
+    seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: cuda, else mps, else cpu")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "of the matrix products; weights and sums stay fp32")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs",
+                     "batch_size", "accumulate"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("lr", "weight_decay", "warmup", "rotate", "crop", "seed"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("dropout", "holdout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if self.clip is not None and not self.clip > 0:
+            raise BadInput(f"clip is {self.clip}; it must be above 0, or left out.")
+        if self.crop >= self.image_size:
+            raise BadInput(f"crop is {self.crop}, as large as the image ({self.image_size} pixels); take less.")
+        if self.batch_size % self.accumulate:
+            parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise BadInput(
+                f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts; "
+                f"accumulate may be {', '.join(map(str, parts))}."
+            )
+
+
+# The three experiments that Vitrail started from share all but these settings: Adam with coupled weight decay,
+# batches of 200 at a peak of 1e-3, rotation by up to 10 degrees and flips, float32, no clipping, no smoothing.
+_ORIGINAL: dict[str, Any] = {
+    "data": "tiny-imagenet", "image_size": 64, "flip": True, "rotate": 10.0,
+    "optimizer": "adam", "lr": 1e-3, "batch_size": 200, "schedule": "linear", "warmup": 0.02,
+}  # fmt: skip
+_BASE_8: dict[str, Any] = {
+    "patch_size": 16, "hidden_size": 512, "mlp_dim": 2048, "num_heads": 8, "num_layers": 8, "dropout": 0.1,
+}  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(
+        data="digits", image_size=8, patch_size=2, hidden_size=96, mlp_dim=384, num_heads=4, num_layers=4,
+        dropout=0.1, crop=1, rotate=10.0, epochs=60, batch_size=64, lr=2e-3, weight_decay=0.05, warmup=0.1, clip=1.0,
+    ),
+    "initial": Recipe(**_ORIGINAL | _BASE_8 | {"weight_decay": 0.03, "schedule": "constant", "warmup": 0.0}),
+    "vit-10": Recipe(**_ORIGINAL | _BASE_8 | {"weight_decay": 0.001, "epochs": 100}),
+    "vit-12": Recipe(
+        **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with all its values, and for each of them who set it: `default`, `recipe` or `command line`."""
+
+    name: str
+    recipe: Recipe
+    set_by: dict[str, str]
+
+
+def resolve(name: str, **overrides: Any) -> Resolved:
+    """The named recipe with `overrides` on top.
+
+    Raises:
+        BadInput: no recipe or field has that name (the nearest is offered), or a value does not do.
+    """
+    if name not in RECIPES:
+        raise BadInput(f"there is no recipe {name!r}{nearest(name, RECIPES)} There are: {', '.join(RECIPES)}.")
+    known = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    for key in overrides:
+        if key not in known:
+            raise BadInput(f"a recipe has no setting {key!r}{nearest(key, known)}")
+    recipe = dataclasses.replace(RECIPES[name], **overrides)
+    set_by = {key: "default" if getattr(RECIPES[name], key) == default else "recipe" for key, default in known.items()}
+    return Resolved(name, recipe, set_by | dict.fromkeys(overrides, "command line"))
+
+
+def nearest(word: str, words: Any) -> str:
+    """`; did you mean 'X'?` for the known word nearest to a mistyped one, or a full stop."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,409 @@
+"""Training: `train_step` is one step, `fit` the loop around it, `train` a whole run from a recipe's name to its page."""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from vitrail import cache
+from vitrail.batches import TrainingBatches, stream_seed
+from vitrail.cache import Dataset
+from vitrail.checkpoint import Run, read_about, write_tensors, write_text
+from vitrail.environment import describe
+from vitrail.errors import BadInput, Diverged, Stopped
+from vitrail.evaluate import Predictions, figures, pick_device, predict_split
+from vitrail.model import ViTConfig, VisionTransformer
+from vitrail.optimize import build_optimizer, learning_rate
+from vitrail.progress import TrainingDisplay, say
+from vitrail.recipes import Recipe, Resolved, resolve
+from vitrail.report import write_report
+
+READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, and what `results.json` there says."""
+
+    run: Path
+    results: dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """How far a run is: with the weights and the optimizer's state, all that resuming needs."""
+
+    step: int = 0  # steps done
+    train_seconds: float = 0.0  # spent in steps, input included; evaluation and saving left out
+    loss: float = 0.0  # sum over this epoch's steps
+    correct: int = 0  # images of this epoch
+    counted: int = 0  # steps of this epoch
+
+
+def train_step(
+    model: VisionTransformer, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
+) -> Float[Tensor, "2"]:
+    """One step: the recipe's learning rate, the gradient of the mean loss over the batch, an update of the weights.
+
+    Returns the loss and the number of images recognised, still on the device, so that nothing waits for them.
+    """
+    recipe, device = batches.recipe, batches.pixels.device
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, step, batches.steps)
+    torch.manual_seed(stream_seed(recipe.seed, "dropout", step))
+    outcome = torch.zeros(2, device=device)
+    for images, labels in batches.parts(step):
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels) / recipe.accumulate
+        loss.backward()
+        outcome += torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum()])
+    if recipe.clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return outcome
+
+
+def train(
+    recipe: str = "digits",
+    *,
+    output: Path | str | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+    checkpoint_every: float = 60.0,
+    **settings: Any,
+) -> Result:
+    """Train a Vision Transformer by a recipe, from images to a run folder with its weights, figures and report.
+
+    Args:
+        recipe: a name from `vitrail recipes`.
+        output: the run folder; `runs/RECIPE` if None. One that exists is left alone, and a number put behind the name.
+        resume: go on with the run in `output` (with the latest run of the recipe if None) from its last checkpoint.
+        stop_after: stop after this many epochs of the schedule, as if it were the end; `resume` goes on from there.
+        checkpoint_every: seconds between two checkpoints; one is also made after each epoch.
+        settings: fields of `Recipe` to set otherwise than the recipe does, such as `epochs=10`.
+
+    Raises:
+        BadInput: a setting, the data or the run folder will not do.
+        Diverged: the loss is no longer finite. The last good checkpoint stays.
+        Stopped: SIGINT or SIGTERM came; the state was saved before.
+        OSError: the run folder cannot be written.
+    """
+    if stop_after is not None and stop_after < 1:
+        raise BadInput(f"stop-after is {stop_after}; it must be at least 1 epoch.")
+    if resume:
+        run, resolved = take_up(recipe, output, settings)
+    else:
+        run, resolved = None, resolve(recipe, **settings)
+    chosen = resolved.recipe
+    device = pick_device(settings.get("device", chosen.device))
+    dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
+    torch.manual_seed(chosen.seed)
+    model = VisionTransformer(model_config(chosen, len(dataset.classes))).to(device)
+    optimizer = build_optimizer(model, chosen)
+    progress = Progress()
+    if run is None:  # only now: what is wrong with the input was said before anything was written
+        run = Run.create(Path(output) if output is not None else Path("runs") / resolved.name)
+        run.write_recipe(resolved)
+    else:
+        progress = Progress(**run.load_state(model, optimizer))
+    note_launch(run, device, progress.step)
+    if device.type == "cpu":
+        keep_freed_memory()
+    last_epoch = min(chosen.epochs, stop_after or chosen.epochs)
+    session = Session(run, resolved, dataset, model, optimizer, progress, device, checkpoint_every)
+    with deterministic(device):
+        return session.fit(last_epoch)
+
+
+def model_config(recipe: Recipe, num_classes: int) -> ViTConfig:
+    """The shape of the model that a recipe trains."""
+    return ViTConfig(
+        image_size=recipe.image_size, patch_size=recipe.patch_size, hidden_size=recipe.hidden_size,
+        mlp_dim=recipe.mlp_dim, num_heads=recipe.num_heads, num_layers=recipe.num_layers, num_classes=num_classes,
+        classifier=recipe.classifier, representation_size=recipe.representation_size, dropout=recipe.dropout,
+    )  # fmt: skip
+
+
+@dataclass
+class Session:
+    """One stretch of a run, from its start or a checkpoint up to its end or the next interruption."""
+
+    run: Run
+    resolved: Resolved
+    dataset: Dataset
+    model: VisionTransformer
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    device: torch.device
+    checkpoint_every: float
+    pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
+    images_per_second: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.recipe = self.resolved.recipe
+        self.batches = TrainingBatches(self.dataset.splits["train"], self.recipe, self.device)
+        self.saved = self.read = time.perf_counter()
+
+    def fit(self, last_epoch: int) -> Result:
+        """Train up to the end of `last_epoch` (counted from 1), evaluating after each epoch and saving on the way."""
+        progress = self.progress
+        keep_lines(self.run.path / "metrics.jsonl", progress.step)
+        if progress.step == 0:
+            self.save()  # so that there is something to resume from, however early the end comes
+        # A checkpoint between an epoch's last step and its evaluation still counts steps of that epoch.
+        at = progress.step - (progress.counted > 0)
+        done = next(e for e in range(self.recipe.epochs + 1) if self.batches.first_step(e + 1) > at)
+        predictions: Predictions | None = None
+        writer = SummaryWriter(str(self.run.path), purge_step=progress.step)
+        with TrainingDisplay() as display, stop_signals() as stopped:
+            for epoch in range(done, last_epoch):
+                self.train_epoch(epoch, display, stopped)
+                predictions = self.end_epoch(epoch, display, writer)
+        writer.close()
+        self.save()
+        return self.finish(predictions if predictions is not None else self.evaluate())
+
+    def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
+        """The steps of an epoch (from 0) that are still to be done."""
+        progress, batches = self.progress, self.batches
+        began = time.perf_counter()
+        for step in range(progress.step, batches.first_step(epoch + 1)):
+            self.pending.append(train_step(self.model, self.optimizer, batches, step))
+            progress.step = step + 1
+            now = time.perf_counter()
+            progress.train_seconds += now - began
+            began = now
+            if now - self.read >= READ_EVERY:
+                loss, accuracy = self.read_outcomes()
+                display.update(
+                    progress.step, batches.steps, progress.step / batches.steps * self.recipe.epochs,
+                    self.recipe.epochs, loss, accuracy, self.images_per_second,
+                )  # fmt: skip
+            if stopped or now - self.saved >= self.checkpoint_every:
+                self.save()
+                began = time.perf_counter()
+            if stopped:
+                self.stop(stopped[0])
+        self.read_outcomes()
+
+    def read_outcomes(self) -> tuple[float, float]:
+        """Read what the last steps gave: mean loss and accuracy of them, which are also added to the epoch's.
+
+        Raises:
+            Diverged: one of the losses is not finite.
+        """
+        outcomes = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        first = self.progress.step - len(outcomes)
+        for step, (loss, _) in enumerate(outcomes, start=first + 1):
+            if not math.isfinite(loss):
+                self.diverged(f"the training loss is {loss} at step {step}")
+        now = time.perf_counter()
+        pace = len(outcomes) * self.recipe.batch_size / (now - self.read)
+        self.images_per_second = 0.8 * self.images_per_second + 0.2 * pace if self.images_per_second else pace
+        self.read = now
+        losses, correct = sum(loss for loss, _ in outcomes), sum(round(right) for _, right in outcomes)
+        self.progress.loss += losses
+        self.progress.correct += correct
+        self.progress.counted += len(outcomes)
+        count = max(len(outcomes), 1)
+        return losses / count, correct / (count * self.recipe.batch_size)
+
+    def end_epoch(self, epoch: int, display: TrainingDisplay, writer: SummaryWriter) -> Predictions:
+        """Evaluate, leave a line of figures behind, and start the next epoch's count."""
+        progress, recipe = self.progress, self.recipe
+        predictions = self.evaluate()
+        found = figures(predictions, self.dataset.classes)
+        metrics = {
+            "epoch": epoch + 1,
+            "step": progress.step,
+            "samples_seen": progress.step * recipe.batch_size,
+            "lr": learning_rate(recipe, progress.step - 1, self.batches.steps),
+            "train_loss": progress.loss / progress.counted,
+            "train_accuracy": progress.correct / (progress.counted * recipe.batch_size),
+            "val_loss": found.loss,
+            "val_top1": found.top1,
+            "val_top5": found.top5,
+            "train_seconds": progress.train_seconds,
+            "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
+        }
+        with (self.run.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, progress.step)
+        writer.flush()
+        display.line(
+            f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
+            f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s"
+        )
+        progress.loss, progress.correct, progress.counted = 0.0, 0, 0
+        if not math.isfinite(found.loss):
+            self.diverged(f"the {self.dataset.evaluation} loss is {found.loss} after step {progress.step}")
+        return predictions
+
+    def evaluate(self) -> Predictions:
+        """Predictions for the evaluated split by the weights as they are."""
+        predictions = predict_split(
+            self.model, self.dataset.splits[self.dataset.evaluation], image_size=self.recipe.image_size,
+            device=self.device, precision=self.recipe.precision,
+        )  # fmt: skip
+        self.model.train()
+        return predictions
+
+    def save(self) -> None:
+        """Make a checkpoint and write the weights to ship, if the weights are finite.
+
+        Raises:
+            Diverged: they are not.
+        """
+        self.read_outcomes()
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                self.diverged(f"{name} is no longer finite after step {self.progress.step}")
+        self.run.save_model(self.model, self.dataset.classes)
+        self.run.save_state(self.model, self.optimizer, asdict(self.progress))
+        self.saved = time.perf_counter()
+
+    def diverged(self, what: str) -> NoReturn:
+        """End the run, its last good checkpoint kept."""
+        kept = read_about(self.run.path / "last" / "state.safetensors")["step"]
+        raise Diverged(
+            f"training diverged: {what}. The checkpoint of step {kept} is kept in {self.run.path}. "
+            f"Try a lower --lr (it was {self.recipe.lr:g}), a longer --warmup, or --clip 1."
+        )
+
+    def stop(self, number: int) -> NoReturn:
+        """End this stretch because a signal came; the state was saved just before."""
+        raise Stopped(
+            f"stopped at step {self.progress.step} of {self.batches.steps}; go on with: "
+            f"vitrail train --resume --output {self.run.path}",
+            128 + number,
+        )
+
+    def finish(self, predictions: Predictions) -> Result:
+        """Write the figures of the last weights, the predictions behind them, and the report."""
+        progress, recipe, found = self.progress, self.recipe, figures(predictions, self.dataset.classes)
+        per_class = found.as_dict().pop("per_class")
+        results = {
+            "recipe": self.resolved.name,
+            "dataset": self.dataset.name,
+            "split": self.dataset.evaluation,
+            **{name: value for name, value in found.as_dict().items() if name != "per_class"},
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "epochs": round(progress.step / self.batches.steps * recipe.epochs, 2),
+            "epochs_planned": recipe.epochs,
+            "samples_seen": progress.step * recipe.batch_size,
+            "train_seconds": round(progress.train_seconds, 2),
+            "images_per_second": round(progress.step * recipe.batch_size / progress.train_seconds, 1),
+            "device": self.device.type,
+            "precision": recipe.precision,
+            "seed": recipe.seed,
+            "per_class": per_class,
+        }
+        arrays = {name: torch.from_numpy(array) for name, array in predictions.arrays().items()}
+        write_tensors(self.run.path / "predictions.safetensors", arrays)
+        write_text(self.run.path / "results.json", json.dumps(results, indent=2) + "\n")
+        write_report(self.run.path, self.dataset)
+        return Result(self.run.path, results)
+
+
+def take_up(recipe: str, output: Path | str | None, settings: dict[str, Any]) -> tuple[Run, Resolved]:
+    """The run to resume, and its own settings.
+
+    Raises:
+        BadInput: there is no such run, or a setting now given is another than the run's.
+    """
+    if output is None:
+        runs = sorted(Path("runs").glob(f"{recipe}*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
+        if not runs:
+            raise BadInput(f"there is no run of {recipe} in runs/ to resume; say which with --output RUN.")
+        output = runs[-1].parent.parent
+    run = Run.open(output)
+    resolved = run.recipe()
+    for name, value in settings.items():
+        was = getattr(resolved.recipe, name, None)
+        # Where the images and the processor are may change between two stretches; what is computed may not.
+        if name not in ("data", "device") and was != value:
+            raise BadInput(
+                f"{run.path} was started with {name} = {was}, and a resumed run keeps its settings; "
+                f"leave --{name.replace('_', '-')} out, or train anew."
+            )
+    return run, resolved
+
+
+def note_launch(run: Run, device: torch.device, step: int) -> None:
+    """Add to `environment.json` what the run goes on with from here."""
+    path = run.path / "environment.json"
+    launches = json.loads(path.read_text(encoding="utf-8"))["launches"] if path.is_file() else []
+    write_text(path, json.dumps({"launches": [*launches, describe(device, step)]}, indent=2) + "\n")
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Drop the lines of `metrics.jsonl` behind a step: they are of work that was lost and is done again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """While the block runs, SIGINT and SIGTERM only put their number into the yielded list; a second one ends at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        say("stopping after this step; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread have handlers
+        yield received
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Have CUDA add up in a fixed order while the block runs, as bit-for-bit resuming needs; a CPU does anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of handing it back to the system, where a step would have to fetch it again
+    page by page: that was a fifth of the time of a training step on a CPU (docs/log.md)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -1,0 +1,52 @@
+"""The paper's models by name (table 1), and those of its follow-up work that the official code has (configs/models.py)."""
+
+from dataclasses import replace
+from typing import Any
+
+from vitrail.errors import BadInput
+from vitrail.model import ViTConfig, VisionTransformer
+from vitrail.recipes import nearest
+
+# hidden_size, mlp_dim, num_heads, num_layers
+SHAPES: dict[str, tuple[int, int, int, int]] = {
+    "Ti": (192, 768, 3, 12),
+    "S": (384, 1536, 6, 12),
+    "B": (768, 3072, 12, 12),
+    "L": (1024, 4096, 16, 24),
+    "H": (1280, 5120, 16, 32),
+}
+
+
+def _config(size: str, patch_size: int, **others: Any) -> ViTConfig:
+    hidden_size, mlp_dim, num_heads, num_layers = SHAPES[size]
+    return ViTConfig(
+        patch_size=patch_size, hidden_size=hidden_size, mlp_dim=mlp_dim, num_heads=num_heads, num_layers=num_layers,
+        **others,
+    )  # fmt: skip
+
+
+# Dropout is the official configuration's, for training from scratch.
+VARIANTS: dict[str, ViTConfig] = {
+    "ViT-Ti/16": _config("Ti", 16),
+    "ViT-S/16": _config("S", 16),
+    "ViT-S/32": _config("S", 32),
+    "ViT-B/8": _config("B", 8),
+    "ViT-B/16": _config("B", 16),
+    "ViT-B/32": _config("B", 32),
+    "ViT-L/16": _config("L", 16, dropout=0.1),
+    "ViT-L/32": _config("L", 32),
+    "ViT-H/14": _config("H", 14, dropout=0.1),
+    "ViT-S/16-gap": _config("S", 16, classifier="gap"),
+    "ViT-B/16-gap": _config("B", 16, classifier="gap"),
+}
+
+
+def create(name: str, *, image_size: int = 224, num_classes: int = 1000) -> VisionTransformer:
+    """A model of that name with random weights.
+
+    Raises:
+        BadInput: no variant has that name, or the image size is no multiple of its patch size.
+    """
+    if name not in VARIANTS:
+        raise BadInput(f"there is no variant {name!r}{nearest(name, VARIANTS)} There are: {', '.join(VARIANTS)}.")
+    return VisionTransformer(replace(VARIANTS[name], image_size=image_size, num_classes=num_classes))
