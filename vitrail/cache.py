@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import re
 import shutil
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from vitrail.archives import UNFINISHED, Storage, cache_root
 from vitrail.errors import BadInput
-from vitrail.images import Entry, Source, Unreadable, locate, open_image, open_source, to_pixels
+from vitrail.images import Source, Unreadable, locate, parse_image, read_file, read_source, to_pixels
 from vitrail.layouts import hold_out
-from vitrail.progress import Advance, say, track
-from vitrail.workers import cores, work_through
+from vitrail.progress import say, track
+from vitrail.workers import Queue, cores, work_through
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Images:
         start = int(self.offsets[index])
         return self.pixels[start : start + height * width * 3].reshape(height, width, 3)
 
+    @staticmethod
+    def pack(images: Sequence[NDArray[np.uint8]], names: Sequence[str]) -> "Images":
+        """Images (height, width, 3) that have no labels; -1 stands for them."""
+        sizes = np.array([image.shape[:2] for image in images], np.int32).reshape(-1, 2)
+        pixels = np.concatenate([image.ravel() for image in images]) if images else np.zeros(0, np.uint8)
+        return Images(pixels, _offsets(sizes), sizes, np.full(len(images), -1, np.int64), tuple(names))
+
     def take(self, index: NDArray[np.int64]) -> "Images":
         """The images of `index`, in its order; the pixels are shared, not copied."""
         names = tuple(self.names[i] for i in index)
@@ -71,10 +79,15 @@ class Dataset:
         return next(split for split in ("holdout", "val", "test") if split in self.splits)
 
 
-FORMAT = 1  # of the files below; a cache of another is built anew
-BLOCK = 1 << 22  # bytes under one checksum
+def _offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where each image begins, when images of these heights and widths, (N, 2), lie one after another."""
+    lengths: NDArray[np.int64] = sizes.astype(np.int64).prod(axis=1) * 3
+    return lengths.cumsum() - lengths
+
+
+FORMAT = 1  # of the files below and of what `to_pixels` makes; a cache of another is not looked at
 CHECKED = 3 << 29  # bytes checked at most when a cache is opened, spread evenly: what takes about a second
-TASK = 1 << 22  # bytes of pixels that a worker decodes at a time, about
+TASK = 1 << 22  # bytes of pixels, about, that a worker decodes at a time, and that one checksum is for
 
 
 class _Damaged(Exception):
@@ -95,11 +108,10 @@ def load(data: str, image_size: int, *, holdout: float = 0.0) -> Dataset:
         OSError: the cache cannot be written, for want of space for one. Nothing is left half-written.
     """
     name, storage = locate(data)
-    root = cache_root()
-    entry = root / f"{_plain(name)}-{storage.fingerprint()}-{image_size}"
+    entry = cache_root() / f"{_plain(name)}-{storage.fingerprint()}-{image_size}-v{FORMAT}"
     dataset = _open_or_none(entry)
     if dataset is None:
-        _build(open_source(data), image_size, entry)
+        _build(read_source(data, name, storage), image_size, entry)
         dataset = _open(entry)
     return replace(dataset, splits=_hold_out(dataset.splits["train"], holdout)) if holdout else dataset
 
@@ -124,16 +136,8 @@ def _build(source: Source, image_size: int, entry: Path) -> None:
     """Decodes a data set into a folder beside `entry`, which takes its place when it is complete."""
     work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=UNFINISHED))
     try:
-        header: dict[str, Any] = {"name": source.name, "classes": source.classes, "format": FORMAT, "splits": {}}
-        problems: list[tuple[str, str]] = []
-        total = sum(len(entries) for entries in source.splits.values())
-        with track(total, f"Decoding {source.name}", "images") as advance:
-            for split, entries in source.splits.items():
-                header["splits"][split] = _write_split(source, entries, image_size, work / split, problems, advance)
-        if problems:
-            raise BadInput(_unreadable_images(source, problems))
-        text = json.dumps(header, sort_keys=True)
-        (work / "header.json").write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "header": header}))
+        _write(source, image_size, work)
+        # No fsync: what a power failure takes away, the checksums miss.
         _move(work, entry)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -144,71 +148,90 @@ def _build(source: Source, image_size: int, entry: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_split(
-    source: Source, entries: Sequence[Entry], image_size: int, stem: Path, problems: list[tuple[str, str]], advance: Advance
-) -> dict[str, Any]:
-    """Writes `<split>.bin` (pixels) and `<split>.npz` (all else); returns what the header says of them."""
+def _write(source: Source, image_size: int, folder: Path) -> None:
+    """Writes `pixels.bin`, all splits' one after another, `index.safetensors`, where in it what lies, and `header.json`."""
+    entries = [entry for split in source.splits.values() for entry in split]
     at_once = max(1, min(256, TASK // (image_size * image_size * 3)))
     tasks = [
-        ([source.prefix + entry.name for entry in entries[start : start + at_once]], image_size)
-        for start in range(0, len(entries), at_once)
+        (place, [source.prefix + entry.name for entry in entries[start : start + at_once]])
+        for place, start in enumerate(range(0, len(entries), at_once))
     ]
+    (folder / "pixels.bin").touch()
+    decoder = _Decoder(source.storage, image_size, folder / "pixels.bin", Queue())
     sizes: list[tuple[int, int]] = []
-    with _Checked(stem.with_suffix(".bin")) as file:
-        for pixels, found, failed in work_through(_decode, source.storage, tasks):
-            problems += failed
-            sizes += found
-            file.write(pixels)
-            advance(len(found))
-    shape = np.array(sizes, np.int32).reshape(-1, 2)
-    lengths = shape.astype(np.int64).prod(axis=1) * 3
-    np.savez(
-        stem.with_suffix(".npz"), sizes=shape, offsets=np.cumsum(lengths) - lengths,
-        labels=np.array([entry.label for entry in entries], np.int64),
-        names=np.frombuffer("\0".join(entry.name for entry in entries).encode("utf-8", "surrogateescape"), np.uint8),
-    )  # fmt: skip
-    return {"bytes": file.size, "crc32": file.sums}
+    problems: list[tuple[str, str]] = []
+    blocks: list[tuple[int, int]] = []
+    with track(len(entries), f"Decoding {source.name}", "images") as advance:
+        for done in work_through(_decode, decoder, tasks):
+            sizes += done.sizes
+            problems += done.problems
+            blocks.append((done.length, done.crc32))
+            advance(len(done.sizes))
+    if problems:
+        raise BadInput(_unreadable_images(source, problems))
+    header = _write_index(source, np.array(sizes, np.int32), folder / "index.safetensors")
+    text = json.dumps(header | {"blocks": blocks}, sort_keys=True)
+    (folder / "header.json").write_text(f'{{"crc32": {zlib.crc32(text.encode())}, "header": {text}}}')
 
 
-def _decode(storage: Storage, task: tuple[list[str], int]) -> tuple[bytes, list[tuple[int, int]], list[tuple[str, str]]]:
-    """In a worker: the pixels of some images, one after another; their heights and widths; what cannot be read, and why."""
-    names, image_size = task
-    pixels, sizes, problems = [], [], []
-    for name in names:
-        try:
-            decoded = to_pixels(open_image(storage, name), image_size)
-        except Unreadable as error:
-            problems.append((name, str(error)))
-            decoded = np.zeros((0, 0, 3), np.uint8)
-        pixels.append(decoded.tobytes())
-        sizes.append((decoded.shape[0], decoded.shape[1]))
-    return b"".join(pixels), sizes, problems
+def _write_index(source: Source, sizes: NDArray[np.int32], path: Path) -> dict[str, Any]:
+    """Writes the index; returns what the header says of the splits."""
+    splits: list[tuple[str, int, int]] = []
+    index: dict[str, NDArray[Any]] = {}
+    begin = 0
+    for split, entries in source.splits.items():
+        here, sizes = sizes[: len(entries)], sizes[len(entries) :]
+        names = "\0".join(entry.name for entry in entries).encode("utf-8", "surrogateescape")
+        index[f"{split}.sizes"] = here
+        index[f"{split}.offsets"] = _offsets(here)
+        index[f"{split}.labels"] = np.array([entry.label for entry in entries], np.int64)
+        index[f"{split}.names"] = np.frombuffer(names, np.uint8)
+        splits.append((split, begin, begin + 3 * int(here.astype(np.int64).prod(axis=1).sum())))
+        begin = splits[-1][2]
+    content = safetensors.numpy.save(index)
+    path.write_bytes(content)
+    return {"name": source.name, "classes": source.classes, "splits": splits, "index": zlib.crc32(content)}
 
 
-class _Checked:
-    """A file being written, with the checksum of each block of `BLOCK` bytes."""
+@dataclass(frozen=True)
+class _Decoder:
+    """What every worker needs."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.size = 0
-        self.sums: list[int] = []
+    storage: Storage
+    image_size: int
+    path: Path
+    queue: Queue
 
-    def __enter__(self) -> "_Checked":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+@dataclass(frozen=True)
+class _Decoded:
+    """What a worker says of the images that it decoded: their heights and widths; which cannot be read, and why; how
+    many bytes it wrote."""
 
-    def write(self, content: bytes) -> None:
-        self.file.write(content)
-        rest = memoryview(content)
-        while len(rest):
-            room = BLOCK - self.size % BLOCK
-            part, rest = rest[:room], rest[room:]
-            if room == BLOCK:
-                self.sums.append(0)
-            self.sums[-1] = zlib.crc32(part, self.sums[-1])
-            self.size += len(part)
+    sizes: list[tuple[int, int]]
+    problems: list[tuple[str, str]]
+    length: int
+    crc32: int
+
+
+def _decode(decoder: _Decoder, task: tuple[int, list[str]]) -> _Decoded:
+    """In a worker: decode some images, and write them to their place in the file."""
+    place, names = task
+    images: list[NDArray[np.uint8]] = []
+    problems = []
+    try:
+        for name in names:
+            try:
+                images.append(to_pixels(parse_image(read_file(decoder.storage, name)), decoder.image_size))
+            except Unreadable as error:
+                problems.append((name, str(error)))
+    finally:
+        begin = decoder.queue.take(place, sum(image.nbytes for image in images))
+    content = b"".join(image.data for image in images)
+    with decoder.path.open("r+b") as file:
+        file.seek(begin)
+        file.write(content)
+    return _Decoded([image.shape[:2] for image in images], problems, len(content), zlib.crc32(content))
 
 
 def _unreadable_images(source: Source, problems: list[tuple[str, str]]) -> str:
@@ -253,34 +276,40 @@ def _open(entry: Path) -> Dataset:
         _Damaged: it is not as it was written.
     """
     try:
-        content = json.loads((entry / "header.json").read_text())
-        header = content["header"]
-        if content["crc32"] != zlib.crc32(json.dumps(header, sort_keys=True).encode()):
+        written = json.loads((entry / "header.json").read_text())
+        header = written["header"]
+        if written["crc32"] != zlib.crc32(json.dumps(header, sort_keys=True).encode()):
             raise _Damaged("header.json: wrong checksum")
-        splits = {split: _open_split(entry / split, facts) for split, facts in header["splits"].items()}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        pixels = _map(entry / "pixels.bin", header["blocks"])
+        content = (entry / "index.safetensors").read_bytes()
+        if header["index"] != zlib.crc32(content):
+            raise _Damaged("index.safetensors: wrong checksum")
+        index = safetensors.numpy.load(content)
+        splits = {
+            split: Images(
+                pixels[begin:end], index[f"{split}.offsets"], index[f"{split}.sizes"], index[f"{split}.labels"],
+                tuple(index[f"{split}.names"].tobytes().decode("utf-8", "surrogateescape").split("\0")),
+            )
+            for split, begin, end in header["splits"]
+        }  # fmt: skip
+        return Dataset(header["name"], tuple(header["classes"]), splits)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or not UTF-8
         raise _Damaged(str(error)) from None
-    return Dataset(header["name"], tuple(header["classes"]), splits)
 
 
-def _open_split(stem: Path, facts: dict[str, Any]) -> Images:
-    path = stem.with_suffix(".bin")
-    if path.stat().st_size != facts["bytes"]:
-        raise _Damaged(f"{path.name} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}")
+def _map(path: Path, blocks: list[tuple[int, int]]) -> NDArray[np.uint8]:
+    """The pixels, mapped and compared with the blocks' lengths and checksums, on all cores (zlib lets go of Python's
+    lock)."""
+    ends = list(itertools.accumulate(length for length, _ in blocks))
+    size = path.stat().st_size
+    if size != ends[-1]:
+        raise _Damaged(f"{path.name} has {size:,} bytes instead of {ends[-1]:,}")
     # Mapped so that writing to it changes memory only: torch.from_numpy warns of arrays that cannot be written to.
     pixels = np.memmap(path, np.uint8, mode="c")
-    _check(path.name, pixels, facts["crc32"])
-    with np.load(stem.with_suffix(".npz"), allow_pickle=False) as index:  # the zip format has checksums of its own
-        names = tuple(index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0"))
-        return Images(pixels, index["offsets"], index["sizes"], index["labels"], names)
-
-
-def _check(name: str, pixels: NDArray[np.uint8], sums: list[int]) -> None:
-    """Compares blocks with their checksums, on all cores (zlib lets go of Python's lock)."""
-    step = max(1, math.ceil(len(sums) * BLOCK / CHECKED))
-    blocks = range(0, len(sums), step)
+    chosen = range(0, len(blocks), math.ceil(size / CHECKED))
     with ThreadPoolExecutor(cores()) as pool:
-        found = pool.map(lambda block: zlib.crc32(pixels[block * BLOCK : (block + 1) * BLOCK]), blocks)
-        for block, crc in zip(blocks, found, strict=True):
-            if crc != sums[block]:
-                raise _Damaged(f"{name}: wrong checksum at byte {block * BLOCK:,}")
+        found = pool.map(lambda block: zlib.crc32(pixels[ends[block] - blocks[block][0] : ends[block]].data), chosen)
+        for block, crc in zip(chosen, found, strict=True):
+            if crc != blocks[block][1]:
+                raise _Damaged(f"{path.name}: wrong checksum before byte {ends[block]:,}")
+    return pixels

@@ -1,13 +1,13 @@
 """Run folders: each file is written whole or not at all, describes itself, and holds no pickle.
 
-    recipe.yaml                  every setting, and who set it        written once
-    environment.json             versions, hardware, command          one entry each time the run is started or resumed
-    metrics.jsonl                a line an epoch
-    results.json                 the figures of the last weights
-    predictions.safetensors      what those say of each image of the evaluated split
-    model/config.json            shape, class names, preprocessing    enough to use the weights beside it
-    model/model.safetensors
-    last/state.safetensors       all that resuming needs
+recipe.yaml                  every setting, and who set it        written once
+environment.json             versions, hardware, command          one entry each time the run is started or resumed
+metrics.jsonl                a line an epoch
+results.json                 the figures of the last weights
+predictions.safetensors      what those say of each image of the evaluated split
+model/config.json            shape, class names, preprocessing    enough to use the weights beside it
+model/model.safetensors
+last/state.safetensors       all that resuming needs
 """
 
 import json
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrail.errors import BadInput
-from vitrail.model import ViTConfig, VisionTransformer
+from vitrail.model import VisionTransformer, ViTConfig
 from vitrail.recipes import Recipe, Resolved
 
 
@@ -126,7 +126,9 @@ class Run:
         settings = {
             name: {"value": value, "set_by": resolved.set_by[name]} for name, value in asdict(resolved.recipe).items()
         }
-        lines = [f"  {name}: {json.dumps(setting)}\n" for name, setting in settings.items()]  # JSON is YAML, a line each
+        lines = [
+            f"  {name}: {json.dumps(setting)}\n" for name, setting in settings.items()
+        ]  # JSON is YAML, a line each
         write_text(self.path / "recipe.yaml", f"recipe: {resolved.name}\nsettings:\n{''.join(lines)}")
 
     def recipe(self) -> Resolved:
@@ -145,6 +147,25 @@ class Run:
             raise BadInput(f"{self.path} has no recipe.yaml: it is no training run.") from None
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise BadInput(f"{path} is damaged or of another version of Vitrail: {error}.") from None
+
+    def note_launch(self, entry: dict[str, Any]) -> None:
+        """Add to `environment.json` what the run is started, or goes on, with."""
+        path = self.path / "environment.json"
+        launches = json.loads(path.read_text(encoding="utf-8"))["launches"] if path.is_file() else []
+        write_text(path, json.dumps({"launches": [*launches, entry]}, indent=2) + "\n")
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(metrics) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Drop the lines of `metrics.jsonl` behind a step: they are of work that was lost and is done again."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(path, "".join(kept))
 
     def save_model(self, model: VisionTransformer, classes: tuple[str, ...]) -> None:
         """Write the weights to ship, and beside them all that is needed to use them."""

@@ -1,6 +1,8 @@
 """Logits → figures."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -9,9 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from vitrail import cache
 from vitrail.batches import evaluation_batches
 from vitrail.cache import Images
+from vitrail.checkpoint import Run
 from vitrail.errors import BadInput
+from vitrail.images import Unreadable, open_image, to_pixels
 from vitrail.progress import track
 
 CALIBRATION_BINS = 15  # as Guo et al., "On Calibration of Modern Neural Networks" (1706.04599)
@@ -66,7 +71,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available[name]:
-        raise BadInput(f"there is no {name} device here; there is {', '.join(d for d, is_there in available.items() if is_there)}.")
+        here = ", ".join(device for device, there in available.items() if there)
+        raise BadInput(f"there is no {name} device here; there is {here}.")
     return torch.device(name)
 
 
@@ -79,18 +85,21 @@ def predict_split(
     batch_size: int = 200,
     device: torch.device,
     precision: Literal["fp32", "bf16"] = "fp32",
+    top: int = 5,
 ) -> Predictions:
-    """Run the model over every image of a split, each counted once. The model is left in evaluation mode."""
+    """Run the model over every image of a split, each counted once, and keep the `top` classes of each.
+
+    The model is left in evaluation mode."""
     model.eval()
     labels, predicted, probabilities, losses = [], [], [], []
     with track(len(images), "evaluating", "images") as advance:
         for batch, label in evaluation_batches(images, image_size, batch_size, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)
-            top = F.softmax(logits.double(), dim=1).topk(min(5, logits.shape[1]))
+            best = F.softmax(logits.double(), dim=1).topk(min(top, logits.shape[1]))
             labels.append(label)
-            predicted.append(top.indices)
-            probabilities.append(top.values.float())
+            predicted.append(best.indices)
+            probabilities.append(best.values.float())
             losses.append(F.cross_entropy(logits.float(), label, reduction="none"))
             advance(len(label))
     arrays = (torch.cat(parts).cpu().numpy() for parts in (labels, predicted, probabilities, losses))
@@ -122,3 +131,73 @@ def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_])
     gap = np.zeros(CALIBRATION_BINS)
     np.add.at(gap, place, confidence - right.astype(np.float64))
     return float(np.abs(gap).sum() / len(confidence))
+
+
+def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
+    """Figures of a run's weights on the evaluated split of its data set, or of `data`, as in `results.json`.
+
+    Raises:
+        BadInput: the run or the data cannot be used, or they have different classes.
+    """
+    run = Run.open(path)
+    resolved = run.recipe()
+    recipe = resolved.recipe
+    model, classes = run.load_model()
+    dataset = cache.load(data or recipe.data, model.config.image_size, holdout=recipe.holdout)
+    if dataset.classes != classes:
+        raise BadInput(
+            f"{path} tells apart {len(classes)} classes ({', '.join(classes[:3])} …), and {dataset.name} has "
+            f"{len(dataset.classes)} others ({', '.join(dataset.classes[:3])} …): they must be the same."
+        )
+    device = pick_device("auto")
+    predictions = predict_split(
+        model.to(device), dataset.splits[dataset.evaluation], image_size=model.config.image_size, device=device,
+        precision=recipe.precision,
+    )  # fmt: skip
+    found = figures(predictions, classes).as_dict()
+    return {"recipe": resolved.name, "dataset": dataset.name, "split": dataset.evaluation, **found}
+
+
+def read_pixels(file: Path, image_size: int) -> NDArray[np.uint8]:
+    """An image file as the model is to see it, uint8 (height, width, 3).
+
+    Raises:
+        BadInput: it cannot be read as an image.
+    """
+    try:
+        return to_pixels(open_image(file), image_size)
+    except Unreadable as error:
+        raise BadInput(f"{error}.") from None
+
+
+def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[str, Any]]:
+    """The most probable classes of each image file, by the weights of a run.
+
+    Raises:
+        BadInput: the run cannot be used, or a file cannot be read as an image.
+    """
+    model, classes = Run.open(path).load_model()
+    device, size = pick_device("auto"), model.config.image_size
+    pixels = [read_pixels(file, size) for file in files]
+    sizes = np.array([array.shape[:2] for array in pixels], np.int32)
+    ends = np.cumsum([array.size for array in pixels])
+    images = Images(
+        pixels=np.concatenate([array.ravel() for array in pixels]),
+        offsets=np.concatenate([[0], ends[:-1]]),
+        sizes=sizes,
+        labels=np.zeros(len(files), np.int64),  # not known, and not looked at
+        names=tuple(map(str, files)),
+    )
+    predictions = predict_split(model.to(device), images, image_size=size, device=device, top=top)
+    return [
+        {
+            "image": name,
+            "predictions": [
+                {"class": classes[index], "probability": float(probability)}
+                for index, probability in zip(predicted, probabilities, strict=True)
+            ],
+        }
+        for name, predicted, probabilities in zip(
+            images.names, predictions.predicted, predictions.probability, strict=True
+        )
+    ]

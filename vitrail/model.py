@@ -207,7 +207,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(config.representation_size or width, config.num_classes)
         self.initialise()
 
-    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B C"]:
+    def forward(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B C"]:
         """Logits of normalised images.
 
         Raises:
@@ -242,7 +242,7 @@ class VisionTransformer(nn.Module):
         return self.head(y)
 
     def attention(
-        self, images: Float[Tensor, "B 3 height width"], layers: Collection[int] | None = None
+        self, images: Float[Tensor, "B channels height width"], layers: Collection[int] | None = None
     ) -> dict[int, Float[Tensor, "B H T T"]]:
         """Attention weights by layer (from 0), computed explicitly for the layers asked for; all of them if None.
 
@@ -256,6 +256,7 @@ class VisionTransformer(nn.Module):
         tokens = self.embed(images)
         for layer, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             if layer in wanted:
+                assert isinstance(block, TransformerEncoderBlock)  # for the type checker: a ModuleList forgets
                 found[layer] = block.attention_weights(tokens)
             tokens = block(tokens)
         return found
@@ -282,16 +283,18 @@ class VisionTransformer(nn.Module):
         """
         lecun_normal_(self.patch_embedding.projection)
         nn.init.normal_(self.position_embedding, std=0.02)
-        for block in self.blocks:
-            # Each of q, k and v is a matrix of its own: taken as one (3D, D) matrix, their range would be 0.71 of this.
-            for matrix in block.attention.qkv.weight.chunk(3):
-                nn.init.xavier_uniform_(matrix)
-            nn.init.zeros_(block.attention.qkv.bias)
-            nn.init.xavier_uniform_(block.attention.out.weight)
-            nn.init.zeros_(block.attention.out.bias)
-            for layer in (block.mlp.hidden, block.mlp.out):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.normal_(layer.bias, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                # q, k and v are a matrix each: drawn as one (3D, D) matrix, their range would be 0.71 of this.
+                for matrix in module.qkv.weight.chunk(3):
+                    nn.init.xavier_uniform_(matrix)
+                nn.init.zeros_(module.qkv.bias)
+                nn.init.xavier_uniform_(module.out.weight)
+                nn.init.zeros_(module.out.bias)
+            elif isinstance(module, MLP):
+                for layer in (module.hidden, module.out):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.normal_(layer.bias, std=1e-6)
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits)
         nn.init.zeros_(self.head.weight)

@@ -50,7 +50,9 @@ class Recipe:
     optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "adam: its weight decay is coupled (L2)")
     lr: float = setting(1e-3, "peak learning rate")
     weight_decay: float = setting(0.0, "weight decay (adamw: decoupled, and not on biases, norms and embeddings)")
-    schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "of the learning rate, after the warm-up, to 0")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "cosine", "of the learning rate, after the warm-up, to 0"
+    )
     warmup: float = setting(0.02, "linear warm-up: a share of all steps, or, from 1 up, a number of steps")
     clip: float | None = setting(None, "clip the gradient's global norm to this")
 

@@ -1,18 +1,10 @@
-"""Training: `train_step` is one step, `fit` the loop around it, `train` a whole run from a recipe's name to its page."""
+"""Training: `train_step` is one step, `fit` the loop around it, `train` a whole run, from a recipe to its page."""
 
-import ctypes
 import json
 import math
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -28,9 +20,10 @@ from vitrail.checkpoint import Run, read_about, write_tensors, write_text
 from vitrail.environment import describe
 from vitrail.errors import BadInput, Diverged, Stopped
 from vitrail.evaluate import Predictions, figures, pick_device, predict_split
-from vitrail.model import ViTConfig, VisionTransformer
+from vitrail.model import VisionTransformer, ViTConfig
 from vitrail.optimize import build_optimizer, learning_rate
-from vitrail.progress import TrainingDisplay, say
+from vitrail.process import deterministic, keep_freed_memory, stop_signals
+from vitrail.progress import TrainingDisplay
 from vitrail.recipes import Recipe, Resolved, resolve
 from vitrail.report import write_report
 
@@ -124,7 +117,7 @@ def train(
         run.write_recipe(resolved)
     else:
         progress = Progress(**run.load_state(model, optimizer))
-    note_launch(run, device, progress.step)
+    run.note_launch(describe(device, progress.step))
     if device.type == "cpu":
         keep_freed_memory()
     last_epoch = min(chosen.epochs, stop_after or chosen.epochs)
@@ -165,7 +158,7 @@ class Session:
     def fit(self, last_epoch: int) -> Result:
         """Train up to the end of `last_epoch` (counted from 1), evaluating after each epoch and saving on the way."""
         progress = self.progress
-        keep_lines(self.run.path / "metrics.jsonl", progress.step)
+        self.run.drop_metrics_after(progress.step)
         if progress.step == 0:
             self.save()  # so that there is something to resume from, however early the end comes
         # A checkpoint between an epoch's last step and its evaluation still counts steps of that epoch.
@@ -245,8 +238,7 @@ class Session:
             "train_seconds": progress.train_seconds,
             "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
         }
-        with (self.run.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(metrics) + "\n")
+        self.run.add_metrics(metrics)
         for name, value in metrics.items():
             writer.add_scalar(name, value, progress.step)
         writer.flush()
@@ -347,63 +339,3 @@ def take_up(recipe: str, output: Path | str | None, settings: dict[str, Any]) ->
                 f"leave --{name.replace('_', '-')} out, or train anew."
             )
     return run, resolved
-
-
-def note_launch(run: Run, device: torch.device, step: int) -> None:
-    """Add to `environment.json` what the run goes on with from here."""
-    path = run.path / "environment.json"
-    launches = json.loads(path.read_text(encoding="utf-8"))["launches"] if path.is_file() else []
-    write_text(path, json.dumps({"launches": [*launches, describe(device, step)]}, indent=2) + "\n")
-
-
-def keep_lines(path: Path, step: int) -> None:
-    """Drop the lines of `metrics.jsonl` behind a step: they are of work that was lost and is done again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """While the block runs, SIGINT and SIGTERM only put their number into the yielded list; a second one ends at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        say("stopping after this step; once more to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread have handlers
-        yield received
-        return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Have CUDA add up in a fixed order while the block runs, as bit-for-bit resuming needs; a CPU does anyway."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of handing it back to the system, where a step would have to fetch it again
-    page by page: that was a fifth of the time of a training step on a CPU (docs/log.md)."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -1,10 +1,10 @@
-"""The paper's models by name (table 1), and those of its follow-up work that the official code has (configs/models.py)."""
+"""The paper's models by name (table 1), and the others that the official code has (configs/models.py)."""
 
 from dataclasses import replace
 from typing import Any
 
 from vitrail.errors import BadInput
-from vitrail.model import ViTConfig, VisionTransformer
+from vitrail.model import VisionTransformer, ViTConfig
 from vitrail.recipes import nearest
 
 # hidden_size, mlp_dim, num_heads, num_layers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrail.checkpoint import Run, check_shapes
 from vitrail.errors import BadInput
-from vitrail.model import ViTConfig, VisionTransformer, resize_position_embedding
+from vitrail.model import VisionTransformer, ViTConfig
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -96,7 +96,9 @@ def _weights(arrays: Arrays, config: ViTConfig) -> dict[str, Tensor]:
     for layer in range(config.num_layers):
         theirs, ours = f"Transformer/encoderblock_{layer}", f"blocks.{layer}"
         attention, mlp = f"{theirs}/MultiHeadDotProductAttention_1", f"{theirs}/MlpBlock_3"
-        projections = [arrays[f"{attention}/{name}/kernel"].reshape(width, width).T for name in ("query", "key", "value")]
+        projections = [
+            arrays[f"{attention}/{name}/kernel"].reshape(width, width).T for name in ("query", "key", "value")
+        ]
         biases = [arrays[f"{attention}/{name}/bias"].reshape(width) for name in ("query", "key", "value")]
         found |= {
             f"{ours}.attention_norm.weight": arrays[f"{theirs}/LayerNorm_0/scale"],

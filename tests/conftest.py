@@ -1,0 +1,43 @@
+"""What all tests share: shapes are checked, nothing leaves the machine or lands in the user's cache."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Read by torch when it is imported, and by what tests start. Two threads: more only get in each other's way on models
+# as small as those of the tests.
+os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "100"
+os.environ.pop("FORCE_COLOR", None)
+
+# Shapes are checked wherever they are written. Not in all modules: elsewhere beartype would refuse an int for a float.
+PACKAGE = Path(__file__).parent.parent / "vitrail"
+install_import_hook(
+    [f"vitrail.{file.stem}" for file in PACKAGE.glob("*.py") if "from jaxtyping import" in file.read_text("utf-8")],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["VITRAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test would have connected to {address[0]}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield

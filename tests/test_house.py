@@ -1,0 +1,62 @@
+"""The order of the house, as CONTRIBUTING.md lists it: no module imports one below it."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = re.findall(r"^  (\w+)\.py +\S", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.MULTILINE)
+FILES = sorted((ROOT / "vitrail").rglob("*.py"))
+
+
+def imported(file: Path) -> Iterator[str]:
+    """What a file imports, in functions and under TYPE_CHECKING too: `vitrail.cache`, `vitrail.cache.load`."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}, line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_is_listed() -> None:
+    assert sorted(ORDER) == sorted(file.relative_to(ROOT / "vitrail").with_suffix("").as_posix() for file in FILES)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_imports_go_up(file: Path) -> None:
+    above = ORDER[: ORDER.index(file.stem)]
+    for name in imported(file):
+        package, _, rest = name.partition(".")
+        if package != "vitrail" or rest == "__version__":  # the one name of the package that is there from the start
+            continue
+        module = rest.partition(".")[0]
+        assert module in above, f"{file.name} imports {name}, which stands below it or nowhere in CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_rules(file: Path) -> None:
+    assert file.stem not in ("util", "utils", "helpers", "common")
+    assert len(file.read_text("utf-8").splitlines()) <= 350
+    assert not {name.partition(".")[0] for name in imported(file)} & {"torchvision", "timm", "transformers"}
+
+
+def test_the_test_sees_imports_in_functions(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("import a.b\ndef f():\n    from vitrail import cache\n    from vitrail.model import X as Y\n")
+    assert list(imported(file)) == ["a.b", "vitrail.cache", "vitrail.model.X"]
+
+
+def test_every_dependency_is_pinned_and_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    ranges = dict(re.split(r"(?=>=)", requirement) for requirement in named)
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
+    reasons = re.findall(r"^\| ([a-z, -]+) \| \S", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert ranges.keys() <= pins.keys()
+    assert ranges.keys() == {name for row in reasons for name in row.split(", ")} - {"package"}

@@ -1,0 +1,189 @@
+"""The model is the official one: its numbers, its sizes, its initial weights; and says what is wrong with a shape."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vitrail
+from vitrail.errors import BadInput
+from vitrail.model import Attention, Dropout, VisionTransformer, ViTConfig, resize_position_embedding
+from vitrail.variants import VARIANTS
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
+
+
+def official(case: str) -> dict[str, torch.Tensor]:
+    """What the official JAX model was fed and gave; images as ours are, channels first."""
+    with np.load(GOLDEN / f"{case}.expected.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    return {name: array.permute(0, 3, 1, 2) if name.startswith("image") else array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("case", ["token", "gap", "pre-logits"])
+def test_logits_are_the_official_ones(case: str) -> None:
+    expected = official(case)
+    logits = vitrail.load(GOLDEN / f"{case}.npz")(expected["image"])
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["token", "gap"])
+def test_logits_at_a_larger_image_size_are_the_official_ones(case: str) -> None:
+    expected = official(case)
+    model = vitrail.load(GOLDEN / f"{case}.npz", image_size=expected["image_bigger"].shape[-1])
+    torch.testing.assert_close(model.position_embedding, expected["pos_embedding_bigger"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(expected["image_bigger"]), expected["logits_bigger"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["token", "gap", "pre-logits"])
+def test_both_ways_to_attend_give_the_official_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
+    test_logits_are_the_official_ones(case)
+
+
+def counts() -> dict[str, int]:
+    """The exact parameter counts of the official code, by Vitrail's names; the hybrids left out."""
+    variants = json.loads((GOLDEN / "variants.json").read_text())
+    return {
+        name.replace("_", "/").replace("-gap-norep", "-gap"): variant["parameters"]
+        for name, variant in variants.items()
+        if variant["resnet_blocks"] is None
+    }
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_parameters_are_counted_as_in_the_official_code(name: str) -> None:
+    with torch.device("meta"):
+        model = vitrail.create(name)
+    assert sum(weight.numel() for weight in model.parameters()) == counts()[name]
+
+
+def test_every_variant_that_is_no_hybrid_is_there() -> None:
+    assert set(VARIANTS) == set(counts())
+
+
+def test_initial_weights_are_the_official_ones() -> None:
+    torch.manual_seed(0)
+    width, mlp_dim = 192, 768
+    model = vitrail.create("ViT-Ti/16", image_size=64, num_classes=10)
+    state = model.state_dict()
+    for name in ("head.weight", "head.bias", "class_token", "blocks.0.attention.qkv.bias", "blocks.0.attention.out.bias",
+                 "patch_embedding.projection.bias"):  # fmt: skip
+        assert not state[name].any(), name
+    # Xavier uniform: ± sqrt(6 / (fan in + fan out)), for q, k and v each with a fan out of its own
+    for name, bound in (
+        ("blocks.0.attention.qkv.weight", (6 / (width + width)) ** 0.5),
+        ("blocks.3.attention.out.weight", (6 / (width + width)) ** 0.5),
+        ("blocks.0.mlp.hidden.weight", (6 / (width + mlp_dim)) ** 0.5),
+        ("blocks.0.mlp.out.weight", (6 / (width + mlp_dim)) ** 0.5),
+    ):
+        assert 0.99 * bound < state[name].abs().max() <= bound, name
+        assert state[name].std().item() == pytest.approx(bound / 3**0.5, rel=0.02), name
+    assert state["blocks.0.mlp.hidden.bias"].std().item() == pytest.approx(1e-6, rel=0.2)
+    assert state["position_embedding"].std().item() == pytest.approx(0.02, rel=0.05)
+    patches = state["patch_embedding.projection.weight"]  # LeCun normal: variance 1 / fan in, cut at two deviations
+    assert patches.std().item() == pytest.approx((3 * 16 * 16) ** -0.5, rel=0.02)
+    assert patches.abs().max() <= 2 * (3 * 16 * 16) ** -0.5 / 0.8796
+    assert (state["norm.weight"] == 1).all()
+
+
+def test_a_new_model_favours_no_class() -> None:
+    logits = VisionTransformer(SMALL)(torch.randn(2, 3, 16, 16))
+    assert logits.shape == (2, 5)
+    assert not logits.any()
+
+
+def test_patches_are_projected_as_the_convolution_that_they_are() -> None:
+    embedding = VisionTransformer(SMALL).patch_embedding
+    images = torch.randn(2, 3, 16, 16)
+    expected = embedding.projection(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embedding(images), expected)
+
+
+def test_attention_weights_are_what_the_forward_pass_uses() -> None:
+    torch.manual_seed(1)
+    attention = Attention(32, 4)
+    x = torch.randn(2, 7, 32)
+    weights = attention.weights(x)
+    assert weights.shape == (2, 4, 7, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7))
+    values = attention.project(x)[2]
+    torch.testing.assert_close(attention(x), attention.out((weights @ values).transpose(1, 2).flatten(2)))
+
+
+def test_attention_of_the_layers_asked_for() -> None:
+    torch.manual_seed(2)
+    model = VisionTransformer(SMALL).eval()
+    images = torch.randn(2, 3, 16, 16)
+    found = model.attention(images)
+    assert {layer: weights.shape for layer, weights in found.items()} == {0: (2, 4, 17, 17), 1: (2, 4, 17, 17)}
+    torch.testing.assert_close(model.attention(images, layers=[1])[1], found[1])
+    with pytest.raises(BadInput, match="layers 0 to 1, and no layer 2"):
+        model.attention(images, layers=[2])
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(3)
+    dropout, ones = Dropout(0.3), torch.ones(1001, 999)  # an odd count: the last draw decides for three
+    dropped = dropout(ones)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=2e-3)
+    assert dropped.mean().item() == pytest.approx(1, abs=3e-3)
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
+def test_dropout_is_gone_in_evaluation() -> None:
+    model = VisionTransformer(ViTConfig(**{**vars(SMALL), "dropout": 0.5}))
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_one_batch_is_learnt_by_heart() -> None:
+    torch.manual_seed(4)
+    model = VisionTransformer(SMALL)
+    images, labels = torch.randn(20, 3, 16, 16), torch.arange(20) % 5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(130):
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+    assert torch.equal(model(images).argmax(1), labels)
+
+
+def test_position_embeddings_resize_to_rectangles() -> None:
+    # Along an axis on which it is linear, a resize with aligned corners is linear too, and keeps both ends.
+    rows = torch.linspace(0, 1, 4)[:, None, None].expand(4, 3, 2).reshape(1, 12, 2)
+    resized = resize_position_embedding(rows, (4, 3), (7, 5)).reshape(7, 5, 2)
+    torch.testing.assert_close(resized, torch.linspace(0, 1, 7)[:, None, None].expand(7, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image_size": 18}, "take images of 16 or 20, or patches of 1, 2, 3, 6, 9, 18"),
+        ({"image_size": 3}, "take images of 4, or patches of 1, 3"),
+        ({"num_heads": 5}, "5 heads do not divide a width of 32: take 1, 2, 4, 8, 16, 32 heads"),
+        ({"num_classes": 0}, "nothing to tell apart"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_with_those_that_can(changed: dict[str, int], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        ViTConfig(**{**vars(SMALL), **changed})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20, 20), (2, 1, 16, 16), (2, 3, 16, 12)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadInput, match=r"takes images of shape \(batch, 3, 16, 16\), not \(" + str(shape)[1:-1]):
+        VisionTransformer(SMALL)(torch.zeros(shape))
+
+
+def test_an_unknown_variant_gets_the_nearest() -> None:
+    with pytest.raises(BadInput, match=r"no variant 'ViT-B/61'; did you mean 'ViT-B/16'\?"):
+        vitrail.create("ViT-B/61")

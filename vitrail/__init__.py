@@ -1,0 +1,40 @@
+"""Vitrail trains Vision Transformers from scratch on the images that you have.
+
+    import vitrail
+    model = vitrail.create("ViT-B/16", image_size=224, num_classes=10)   # random weights
+    model = vitrail.load("runs/vit-12")
+    logits = model(images)      # (batch, 3, height, width), normalised → (batch, classes)
+    result = vitrail.train("vit-12", data="tiny-imagenet", epochs=10)
+
+The names below are imported when they are first used (PEP 562), for torch alone takes seconds to import and
+`vitrail -h` may take 0.3 s in all.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitrail.model import VisionTransformer
+    from vitrail.training import train
+    from vitrail.variants import create
+    from vitrail.weights import load
+
+__all__ = ["VisionTransformer", "__version__", "create", "load", "train"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "VisionTransformer": "vitrail.model",
+    "create": "vitrail.variants",
+    "load": "vitrail.weights",
+    "train": "vitrail.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vitrail' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

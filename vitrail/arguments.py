@@ -1,0 +1,112 @@
+"""Flags and what may stand behind them. A word that is not known is answered with the nearest one that is."""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from vitrail.errors import BadInput
+from vitrail.recipes import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises BadInput where the standard one prints its usage and leaves."""
+
+    def __init__(self, prog: str, description: str, examples: Sequence[str]) -> None:
+        super().__init__(
+            prog, description=description, epilog="\n  ".join(["examples:", *examples]), allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        """Raise BadInput, with what tells more."""
+        message = message.removeprefix("argument ").replace("unrecognized arguments:", "there is no place for")
+        raise BadInput(f"{message}{'' if message.endswith('?') else '.'} `{self.prog} -h` tells more.")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments, with flags and names in any order.
+
+        Raises:
+            BadInput: one is missing, unknown, or not of its type.
+        """
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in argv[: argv.index("--") if "--" in argv else None]:
+            flag = word.partition("=")[0]
+            if re.match(r"-[^\d.]", word) and flag not in flags:
+                raise BadInput(f"{self.prog} has no flag {flag}{nearest(flag, flags)} `{self.prog} -h` lists them.")
+        return self.parse_intermixed_args(argv)
+
+
+def whole(text: str) -> int:
+    """A whole number; 10_000 is one too."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 up."""
+    if (number := whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text}, and must be at least 1")
+    return number
+
+
+def real(text: str) -> float:
+    """A number that is not infinite."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not finite")
+    return number
+
+
+def one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    """One of the choices; another word is answered with the nearest."""
+
+    def check(text: str) -> str:
+        if text not in choices:
+            near = nearest(text, choices).rstrip(".")
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{near}")
+        return text
+
+    return check
+
+
+def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What `parse` takes, or the word `none`."""
+    return lambda text: None if text == "none" else parse(text)
+
+
+def add_setting(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], kind: Any, value: Any) -> None:
+    """The flag of one field of `Recipe`, of type `kind`, whose help shows `value`."""
+    flag = "--" + setting.name.replace("_", "-")
+    text = f"{setting.metadata['help']} ({shown(value)})".replace("%", "%%")
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        return
+    optional = NoneType in get_args(kind)
+    if optional:
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    parse: Callable[[str], Any]
+    if get_origin(kind) is Literal:
+        parse, metavar = one_of(get_args(kind)), "{" + ",".join(get_args(kind)) + "}"
+    elif kind is int:
+        parse, metavar = whole, "N"
+    elif kind is float:
+        parse, metavar = real, "X"
+    else:
+        parse, metavar = str, setting.name[0].upper()
+    group.add_argument(flag, type=or_none(parse) if optional else parse, metavar=metavar, help=text)
+
+
+def shown(value: Any) -> str:
+    """A setting's value, as one would say it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -1,0 +1,266 @@
+"""The commands: what each takes, and what it does with it. Each returns its result as text.
+
+What does the work is imported when it is needed, so that help needs neither torch nor NumPy.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from vitrail.arguments import Parser, add_setting, at_least_one, real, shown
+from vitrail.errors import BadInput
+from vitrail.recipes import RECIPES, Recipe, resolve
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEADINGS = {"data": "images", "patch_size": "model", "epochs": "optimisation", "seed": "where and how"}
+WORST = 20  # classes that evaluate shows
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word after `vitrail`: what it does, in words and as a function, and the arguments that it takes."""
+
+    summary: str
+    examples: tuple[str, ...]
+    take: Callable[[Parser, Sequence[str]], None]
+    do: Callable[[argparse.Namespace], str]
+
+
+def take_train(parser: Parser, argv: Sequence[str]) -> None:
+    """One flag for each field of Recipe; the help shows the values of the recipe that is named."""
+    named = next((word for word in argv if word in RECIPES), "digits")
+    parser.usage = "vitrail train [RECIPE] [--output RUN] [--resume] [SETTING ...]"
+    parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (digits)")
+    parser.add_argument("--output", type=Path, metavar="RUN", help="the run folder, never overwritten (runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on with RUN (the recipe's latest) where it was left")
+    parser.add_argument("--stop-after", type=at_least_one, metavar="EPOCHS", help="stop there; --resume goes on")
+    parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="and after each epoch (60)")
+    kinds = get_type_hints(Recipe)
+    for setting in dataclasses.fields(Recipe):
+        if setting.name in HEADINGS:
+            group = parser.add_argument_group(f"{HEADINGS[setting.name]} (in brackets: what {named} has)")
+        add_setting(group, setting, kinds[setting.name], getattr(RECIPES[named], setting.name))
+
+
+def do_train(args: argparse.Namespace) -> str:
+    """Train, and say how well it went and where to look."""
+    given = dict(vars(args))
+    name = given.pop("recipe", "digits")
+    if "resume" not in given:
+        settings = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
+        resolve(name, **settings)  # what is wrong with them is said at once, before torch is imported
+    from vitrail.progress import duration
+    from vitrail.training import train
+
+    result = train(name, **given)
+    figures, run = result.results, result.run
+    done, planned = figures["epochs"], figures["epochs_planned"]
+    epochs = f"{done:.0f} of {planned} epochs" if done < planned else f"{planned} epochs"
+    lines = [
+        headline(figures),
+        f"{epochs} in {duration(figures['train_seconds'])} of training, "
+        f"{figures['images_per_second']:,.0f} images/s ({figures['device']}, {figures['precision']})",
+        "",
+        f"look at  {run / 'report.html'}",
+        f"then     vitrail evaluate {run}",
+        f"         vitrail predict {run} IMAGE",
+    ]
+    if done < planned:
+        lines.append(f"         vitrail train --resume --output {run}")
+    return "\n".join(lines)
+
+
+def take_evaluate(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and what it is measured on."""
+    add_run(parser)
+    add_data(parser)
+    add_json(parser)
+
+
+def do_evaluate(args: argparse.Namespace) -> str:
+    """Measure a run's weights: the figures in all, and the classes they do worst on."""
+    from vitrail.evaluate import evaluate_run
+
+    figures = evaluate_run(args.run, args.data)
+    if args.json:
+        return as_json(figures)
+    seen = [row for row in figures["per_class"] if row["count"]]
+    worst = sorted(seen, key=lambda row: row["top1"])[:WORST]
+    title = "classes, worst first" if len(worst) == len(seen) else f"the {WORST} worst of {len(seen)} classes"
+    rows = [(row["name"], f"{row['count']:,}", f"{row['top1']:.3f}") for row in worst]
+    return f"{headline(figures)}\n\n{table((title, '>images', '>top-1'), rows)}"
+
+
+def take_predict(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and the images that it is to name."""
+    add_run(parser)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a file that Pillow reads")
+    parser.add_argument("--top", type=at_least_one, metavar="K", default=5, help="classes for each image (5)")
+    add_json(parser)
+
+
+def do_predict(args: argparse.Namespace) -> str:
+    """Name what is in images."""
+    from vitrail.evaluate import predict_files
+
+    answers = predict_files(args.run, args.images, args.top)
+    if args.json:
+        return as_json(answers)
+    rows = [
+        ("" if place else answer["image"], guess["class"], f"{guess['probability']:.3f}")
+        for answer in answers
+        for place, guess in enumerate(answer["predictions"])
+    ]
+    return table(("image", "class", ">probability"), rows)
+
+
+def take_report(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and where its images are."""
+    add_run(parser)
+    add_data(parser)
+
+
+def do_report(args: argparse.Namespace) -> str:
+    """Write a run's page anew. Without the images, it is a page without pictures."""
+    from vitrail import cache
+    from vitrail.checkpoint import Run
+    from vitrail.progress import say
+    from vitrail.report import write_report
+
+    recipe = Run.open(args.run).recipe().recipe
+    try:
+        dataset = cache.load(args.data or recipe.data, recipe.image_size, holdout=recipe.holdout)
+    except BadInput as error:
+        if args.data:
+            raise
+        say(f"vitrail: the page will be without pictures, as {error} `--data D` says where the images are.")
+        dataset = None
+    return str(write_report(args.run, dataset))
+
+
+def take_data(parser: Parser, argv: Sequence[str]) -> None:
+    """The data set."""
+    parser.add_argument("data", metavar="D", help="digits, tiny-imagenet, a folder, or a .zip / .tar archive")
+    add_json(parser)
+
+
+def do_data(args: argparse.Namespace) -> str:
+    """Say what is in a data set, and what is wrong with it."""
+    from vitrail.survey import inspect, show
+
+    found = inspect(args.data)
+    return as_json(found.to_dict()) if args.json else rendered(lambda console: show(found, console))
+
+
+def take_recipes(parser: Parser, argv: Sequence[str]) -> None:
+    """Nothing but the form."""
+    add_json(parser)
+
+
+def do_recipes(args: argparse.Namespace) -> str:
+    """What there is to train."""
+    if args.json:
+        return as_json({name: dataclasses.asdict(recipe) for name, recipe in RECIPES.items()})
+    rows = []
+    for name, recipe in RECIPES.items():
+        shape = f"{recipe.num_layers} × {recipe.hidden_size}, MLP {recipe.mlp_dim}, {recipe.num_heads} heads"
+        pixels = f"{recipe.image_size} / {recipe.patch_size}"
+        rows.append((name, recipe.data, pixels, shape, f"{recipe.epochs}", ", ".join(departures(recipe))))
+    columns = ("recipe", "data", ">image / patch", "layers × width", ">epochs", "other than the defaults")
+    return f"{table(columns, rows)}\n\n`vitrail train RECIPE -h` shows every value."
+
+
+def departures(recipe: Recipe) -> list[str]:
+    """The settings of a recipe, other than those with a column of their own, that are not the defaults."""
+    columns = {"data", "image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs"}
+    default = Recipe()
+    changed = [f.name for f in dataclasses.fields(Recipe) if getattr(recipe, f.name) != getattr(default, f.name)]
+    values = {name: getattr(recipe, name) for name in changed if name not in columns}
+    return [name if value is True else f"{name} {shown(value)}" for name, value in values.items()]
+
+
+def add_run(parser: Parser) -> None:
+    """The run folder that a command works on."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/digits")
+
+
+def add_data(parser: Parser) -> None:
+    """Where the images are, if not where the run had them."""
+    parser.add_argument("--data", metavar="D", help="where the images are (where they were in training)")
+
+
+def add_json(parser: Parser) -> None:
+    """For programs to read."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def as_json(content: Any) -> str:
+    """For programs to read."""
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """The figures of a split in one line."""
+    return (
+        f"top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f}, loss {figures['loss']:.3f}, calibration error "
+        f"{figures['calibration_error']:.3f} on {figures['count']:,} images ({figures['dataset']}, {figures['split']})"
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns; those whose heading starts with > to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return rendered(lambda console: console.print(grid))
+
+
+def rendered(draw: Callable[["Console"], None]) -> str:
+    """What `draw` prints, as wide and as coloured as stdout can show: a file or a pipe gets lines of any length."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with console.capture() as captured:
+        draw(console)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model; without arguments, on the built-in digits, in under a minute",
+        ("vitrail train", "vitrail train vit-12 --data tiny-imagenet --precision bf16",
+         "vitrail train vit-12 --data photos.zip --epochs 50 --output runs/photos",
+         "vitrail train --resume --output runs/photos"),
+        take_train, do_train,
+    ),
+    "evaluate": Command(
+        "top-1, top-5, loss and calibration of a run, and of each class",
+        ("vitrail evaluate runs/digits", "vitrail evaluate runs/digits --json | jq .top1"),
+        take_evaluate, do_evaluate,
+    ),
+    "predict": Command(
+        "the classes of images, and their probabilities",
+        ("vitrail predict runs/photos cat.jpg dog.jpg --top 3",),
+        take_predict, do_predict,
+    ),
+    "report": Command("write the page of a run anew", ("vitrail report runs/digits",), take_report, do_report),
+    "data": Command(
+        "what is in a data set, and what is wrong with it",
+        ("vitrail data digits", "vitrail data photos.zip"),
+        take_data, do_data,
+    ),
+    "recipes": Command("what there is to train", ("vitrail recipes",), take_recipes, do_recipes),
+}  # fmt: skip

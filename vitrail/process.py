@@ -1,0 +1,60 @@
+"""What training asks of the process it runs in: signals, determinism, memory."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from vitrail.progress import say
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """While the block runs, SIGINT and SIGTERM put their number into the yielded list; a second one ends at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        say("stopping after this step; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread have handlers
+        yield received
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Have CUDA add up in a fixed order while the block runs, as bit-for-bit resuming needs; a CPU does anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of handing it back to the system, where a step would have to fetch it again
+    page by page: that was a fifth of the time of a training step on a CPU (docs/log.md)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -1,0 +1,321 @@
+"""A run folder → one page, report.html, that needs nothing but itself: no network, no other file.
+
+The figures are computed here by pure functions, drawn in `pictures.py`, and laid out in `templates/report.html`.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from vitrail import __version__, pictures
+from vitrail.cache import Dataset, Images
+from vitrail.checkpoint import Run, write_text
+from vitrail.errors import BadInput
+from vitrail.evaluate import CALIBRATION_BINS
+from vitrail.pictures import duration, figures, moment, number, percent
+from vitrail.recipes import Recipe
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+
+MATRIX = 20  # classes up to which a confusion matrix can be read
+PAIRS = 20  # confused pairs listed where there is no matrix,
+PAIRS_BESIDE = 8  # and beside one
+MISTAKES = 24
+RIGHTEST = 8
+EXAMPLES = 3  # pictures beside each confused pair
+LAUNCH: dict[str, Any] = dict.fromkeys((
+    "started", "command", "commit", "step", "vitrail", "python", "torch", "numpy", "pillow", "platform", "cpu",
+    "cores", "threads", "gpu",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder says. `results` and `predictions` are None while the run goes on."""
+
+    name: str  # of the recipe; of the folder, where the weights were not trained here
+    settings: dict[str, dict[str, Any]]
+    launches: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+    results: dict[str, Any] | None
+    predictions: dict[str, NDArray[Any]] | None
+    classes: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The class of each image (N,), the class that was said, and with what probability."""
+
+    label: Ints
+    said: Ints
+    confidence: Floats
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which of them were right, (N,)."""
+        right: NDArray[np.bool_] = self.said == self.label
+        return right
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The predictions whose confidence fell into one interval: how many, their mean confidence, the share right."""
+
+    index: int
+    count: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`times` of the `of` images of class `label` were said to be of class `said`."""
+
+    label: int
+    said: int
+    times: int
+    of: int
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class: its images, how many were recognised, how often it was said, and what it was most taken for."""
+
+    label: int
+    count: int
+    right: int
+    said: int
+    mistaken_for: Pair | None
+
+
+# Figures
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval for a share of `right` in `count` (Wilson 1927); z = 1.96 gives 95%."""
+    share, weight = right / count, z * z / count
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def calibration(confidence: Floats, right: NDArray[np.bool_], bins: int = CALIBRATION_BINS) -> list[Bin]:
+    """Predictions by confidence, in `bins` equal intervals (k/bins, (k+1)/bins], the empty ones left out.
+
+    The expected calibration error is the mean of |accuracy - confidence| over them, weighted by count.
+    """
+    which = np.clip(np.ceil(confidence.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    inside = {k: which == k for k in np.unique(which).tolist()}
+    return [
+        Bin(k, int(mask.sum()), float(confidence[mask].mean(dtype=float)), float(right[mask].mean()))
+        for k, mask in inside.items()
+    ]
+
+
+def confusion(label: Ints, said: Ints, classes: int) -> Ints:
+    """Counts (classes, classes): row = the true class, column = the class said."""
+    return np.bincount(label * classes + said, minlength=classes * classes).reshape(classes, classes)
+
+
+def worst_pairs(counts: Ints, limit: int) -> list[Pair]:
+    """The confusions that happened most often; of equally frequent ones, first those of the smaller class."""
+    of = counts.sum(1)
+    pairs = [
+        Pair(int(a), int(b), int(counts[a, b]), int(of[a]))
+        for a, b in np.argwhere(counts > 0) if a != b
+    ]  # fmt: skip
+    return sorted(pairs, key=lambda p: (-p.times, p.of, p.label, p.said))[:limit]
+
+
+def per_class(counts: Ints) -> list[ClassRow]:
+    """Each class's figures out of the confusion counts, in the order of the classes."""
+    rows = []
+    for k, row in enumerate(counts):
+        others = np.where(np.arange(len(row)) == k, 0, row)
+        worst = int(others.argmax())
+        pair = Pair(k, worst, int(others[worst]), int(row.sum())) if others[worst] else None
+        rows.append(ClassRow(k, int(row.sum()), int(row[k]), int(counts[:, k].sum()), pair))
+    return rows
+
+
+def confident_mistakes(confidence: Floats, right: NDArray[np.bool_], limit: int) -> list[int]:
+    """Indices of the wrong predictions made with the highest confidence, the most confident first."""
+    order = np.argsort(-confidence, kind="stable")
+    return [int(i) for i in order[~right[order]][:limit]]
+
+
+def surest_of(answers: Answers, pair: Pair, limit: int) -> list[int]:
+    """Indices of the images that were so confused, the most confident first."""
+    chosen = np.flatnonzero((answers.label == pair.label) & (answers.said == pair.said))
+    return [int(i) for i in chosen[np.argsort(-answers.confidence[chosen], kind="stable")][:limit]]
+
+
+def rightest(confidence: Floats, right: NDArray[np.bool_], label: Ints, limit: int) -> list[int]:
+    """Indices of the right predictions made with the highest confidence, at most one of each class."""
+    order = np.argsort(-confidence, kind="stable")
+    order = order[right[order]]
+    _, first = np.unique(label[order], return_index=True)
+    return [int(i) for i in order[np.sort(first)][:limit]]
+
+
+# Reading
+
+
+def read(run: Path) -> Record:
+    """The files of a run folder, those of a run that still goes on included.
+
+    Raises:
+        BadInput: it is no run folder, or a file in it is damaged.
+    """
+    Run.open(run)
+    recipe = _parsed(run / "recipe.yaml", yaml.safe_load) or {"recipe": run.resolve().name, "settings": {}}
+    config = _parsed(run / "model" / "config.json", json.loads)
+    results = _parsed(run / "results.json", json.loads)
+    scored = run / "predictions.safetensors"
+    return Record(
+        recipe["recipe"], recipe["settings"],
+        [LAUNCH | launch for launch in (_parsed(run / "environment.json", json.loads) or {}).get("launches", [])],
+        _epochs(run / "metrics.jsonl"), results, load_file(scored) if results and scored.is_file() else None,
+        tuple(config["classes"]) if config else None,
+    )  # fmt: skip
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+
+
+def _epochs(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one for each epoch; a last line that is still being written is left for later."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return list({row["epoch"]: row for row in rows}.values())
+
+
+# Writing
+
+
+def write_report(run: Path, dataset: Dataset | None) -> Path:
+    """Write `run/report.html`, at once or not at all, and return its path.
+
+    It can be written while the run goes on: it then has the curves so far. `dataset` is what the run was evaluated
+    on, for the pictures; without it the page says why there are none.
+
+    Raises:
+        BadInput: `run` is no run folder.
+    """
+    page = render(read(run), dataset)
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def render(record: Record, dataset: Dataset | None) -> str:
+    """The page as HTML. Every text that comes from the run is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        function.__name__: function
+        for function in (percent, duration, number, figures, moment, pictures.dots)
+    }  # fmt: skip
+    split = (record.results or {}).get("split") or (dataset.evaluation if dataset else "val")
+    return environment.get_template("report.html").render(
+        record=record, results=record.results, split=split, version=__version__,
+        written=datetime.datetime.now(datetime.UTC).isoformat(),
+        dataset=_dataset_name(record), total=record.settings.get("epochs", {}).get("value"),
+        last=record.epochs[-1] if record.epochs else None,
+        launch=record.launches[-1] if record.launches else LAUNCH,
+        train_count=len(dataset.splits["train"]) if dataset and "train" in dataset.splits else None,
+        meaning={f.name: f.metadata["help"] for f in dataclasses.fields(Recipe)},
+        charts=_charts(record.epochs, split), interval=_interval(record.results),
+        scored=_scored(record, dataset, split), bins=CALIBRATION_BINS,
+    )  # fmt: skip
+
+
+def _dataset_name(record: Record) -> str:
+    if record.results:
+        return str(record.results["dataset"])
+    return Path(str(record.settings.get("data", {}).get("value", ""))).name
+
+
+def _interval(results: dict[str, Any] | None) -> tuple[float, float] | None:
+    return wilson(round(results["top1"] * results["count"]), results["count"]) if results else None
+
+
+def _charts(epochs: list[dict[str, Any]], split: str) -> list[pictures.Chart]:
+    if not epochs:
+        return []
+    which = [row["epoch"] for row in epochs]
+
+    def curve(key: str, name: str, kind: str) -> pictures.Series:
+        return pictures.Series(name, kind, [row.get(key) for row in epochs])
+
+    charts = [
+        pictures.chart("Accuracy", which, [curve("train_accuracy", "train", "train"), curve("val_top1", split, "held")],
+                       percent, write_tick=lambda share: f"{100 * share:g}%", top=1.0),
+        pictures.chart("Loss", which, [curve("train_loss", "train", "train"), curve("val_loss", split, "held")],
+                       figures, unit="cross-entropy, nats"),
+        pictures.chart("Learning rate", which, [curve("lr", "", "plain")], "{:.3g}".format, height=110),
+        pictures.chart("Speed", which, [curve("images_per_second", "", "plain")], number,
+                       unit="images/s, since the start", height=110),
+    ]  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def _scored(record: Record, dataset: Dataset | None, split: str) -> dict[str, Any] | None:
+    """All that the page says about single predictions, or None while there are none."""
+    if record.predictions is None:
+        return None
+    label, ranked, probability = (record.predictions[key] for key in ("label", "predicted", "probability"))
+    answers = Answers(label, ranked[:, 0], probability[:, 0])
+    confidence, right = answers.confidence, answers.right
+    highest = int(max(label.max(), ranked.max()))
+    names = record.classes or (dataset.classes if dataset else tuple(str(k) for k in range(highest + 1)))
+    counts = confusion(label, answers.said, len(names))
+    pairs = worst_pairs(counts, PAIRS if len(names) > MATRIX else PAIRS_BESIDE)
+    images, why_none = _images(dataset, split, label)
+    return {
+        "names": names, "matrix": counts if len(names) <= MATRIX else None, "classes": per_class(counts),
+        "mistaken": int((~right).sum()), "commonest": float(counts.sum(1).max() / len(label)),
+        "accuracy": float(right.mean()), "confidence": float(confidence.mean(dtype=float)),
+        "bins": [(b, wilson(round(b.accuracy * b.count), b.count)) for b in calibration(confidence, right)],
+        "mistakes": _gallery(images, answers, confident_mistakes(confidence, right, MISTAKES)),
+        "rightest": _gallery(images, answers, rightest(confidence, right, label, RIGHTEST)),
+        "pairs": [(pair, _gallery(images, answers, surest_of(answers, pair, EXAMPLES))) for pair in pairs],
+        "no_pictures": why_none,
+    }  # fmt: skip
+
+
+def _gallery(images: Images | None, answers: Answers, chosen: list[int]) -> list[dict[str, Any]]:
+    """The chosen images with what was said of them, for the template; none where there are no images."""
+    if images is None:
+        return []
+    return [
+        {"picture": pictures.thumbnail(images.image(i)), "name": images.names[i], "label": int(answers.label[i]),
+         "said": int(answers.said[i]), "confidence": float(answers.confidence[i])}
+        for i in chosen
+    ]  # fmt: skip
+
+
+def _images(dataset: Dataset | None, split: str, label: Ints) -> tuple[Images | None, str]:
+    """The images that were scored; where they cannot be had, None and a sentence that says why."""
+    if dataset is None:
+        return None, "No pictures here: the page was written without the data set."
+    images = dataset.splits.get(split)
+    if images is None or not np.array_equal(images.labels, label):
+        return None, "No pictures here: the data set is no longer the one that was scored."
+    return images, ""
