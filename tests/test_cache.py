@@ -98,9 +98,11 @@ def test_other_images_or_another_size_are_another_cache(photos: Path, root: Path
 def test_pixels_can_be_given_to_torch_and_written_to_without_harm(photos: Path, root: Path) -> None:
     import torch  # not above: workers import this file
 
-    pixels = load(str(photos), 16).splits["train"].pixels
+    images = load(str(photos), 16).splits["train"]
+    pixels = images.pixels
     before = (entry(root) / "pixels.bin").read_bytes()
-    torch.from_numpy(pixels).zero_()  # it would warn of memory that cannot be written to
+    for array in (images.offsets, images.sizes, images.labels, pixels):
+        torch.from_numpy(array).zero_()  # it would warn of memory that cannot be written to
     assert not pixels.any()
     assert (entry(root) / "pixels.bin").read_bytes() == before
 

@@ -203,8 +203,8 @@ def test_val_without_its_annotations_is_never_a_class(tmp_path: Path) -> None:
         ((), "has no images"),
         (("a/x.txt", "b/y.txt"), "has no images"),
         (("1.png", "2.png"), "in no folder"),
-        (("a/1.png", "a/2.png"), "1 class"),
-        (("train/a/1.png", "train/b/", "val/a/1.png"), "1 class"),
+        (("a/1.png", "a/2.png"), "one class"),
+        (("train/a/1.png", "train/b/", "val/a/1.png"), "one class"),
         (("a/1.png", "b/1.png"), "one image a class"),
         (("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/c/4.png"), "images of c in val, but none to train on"),
         (("train/a/1.png", "train/b/2.png", "val/3.png", "val/4.png"), "right in val/"),
@@ -227,6 +227,7 @@ def test_folders_that_are_no_data_set(files: tuple[str, ...], message: str, tmp_
         ("digit", "did you mean 'digits'"),
         ("tiny-imagenet-200", "did you mean 'tiny-imagenet'"),
         ("hf:cifar10", "It can be digits, tiny-imagenet, a folder"),
+        ("", "no data set, folder or archive ''"),
         ("nowhere/at/all", "no data set, folder or archive 'nowhere/at/all'"),
     ],
 )

@@ -70,8 +70,8 @@ def test_initial_weights_are_the_official_ones() -> None:
     width, mlp_dim = 192, 768
     model = vitrail.create("ViT-Ti/16", image_size=64, num_classes=10)
     state = model.state_dict()
-    for name in ("head.weight", "head.bias", "class_token", "blocks.0.attention.qkv.bias", "blocks.0.attention.out.bias",
-                 "patch_embedding.projection.bias"):  # fmt: skip
+    for name in ("head.weight", "head.bias", "class_token", "patch_embedding.projection.bias",
+                 "blocks.0.attention.qkv.bias", "blocks.0.attention.out.bias"):  # fmt: skip
         assert not state[name].any(), name
     # Xavier uniform: ± sqrt(6 / (fan in + fan out)), for q, k and v each with a fan out of its own
     for name, bound in (

@@ -1,5 +1,7 @@
 """Schedules have the values that their formulas give, and decay falls on what it should."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_decoupled_decay_spares_biases_norms_and_embeddings() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_coupled_decay_falls_on_everything(optimizer: str) -> None:
+def test_coupled_decay_falls_on_everything(optimizer: Literal["adam", "sgd"]) -> None:
     (group,) = parameter_groups(MODEL, Recipe(optimizer=optimizer, weight_decay=0.1))
     assert group["weight_decay"] == 0.1
     assert len(group["params"]) == len(list(MODEL.parameters()))
@@ -60,7 +62,7 @@ def test_coupled_decay_falls_on_everything(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
 )
-def test_optimizers_are_torchs(name: str, kind: type) -> None:
+def test_optimizers_are_torchs(name: Literal["adamw", "adam", "sgd"], kind: type) -> None:
     built = build_optimizer(MODEL, Recipe(optimizer=name, lr=0.5))
     assert type(built) is kind
     assert built.param_groups[0]["lr"] == 0.5

@@ -137,7 +137,7 @@ def _build(source: Source, image_size: int, entry: Path) -> None:
     work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=UNFINISHED))
     try:
         _write(source, image_size, work)
-        # No fsync: what a power failure takes away, the checksums miss.
+        # No fsync, which takes seconds: the checksums tell what a power failure took.
         _move(work, entry)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -149,7 +149,8 @@ def _build(source: Source, image_size: int, entry: Path) -> None:
 
 
 def _write(source: Source, image_size: int, folder: Path) -> None:
-    """Writes `pixels.bin`, all splits' one after another, `index.safetensors`, where in it what lies, and `header.json`."""
+    """Writes `pixels.bin`, all splits one after another, `index.safetensors`, which image lies where in it, and
+    `header.json`, the rest and the checksums."""
     entries = [entry for split in source.splits.values() for entry in split]
     at_once = max(1, min(256, TASK // (image_size * image_size * 3)))
     tasks = [
@@ -161,8 +162,11 @@ def _write(source: Source, image_size: int, folder: Path) -> None:
     sizes: list[tuple[int, int]] = []
     problems: list[tuple[str, str]] = []
     blocks: list[tuple[int, int]] = []
-    with track(len(entries), f"Decoding {source.name}", "images") as advance:
-        for done in work_through(_decode, decoder, tasks):
+    with (
+        track(len(entries), f"Decoding {source.name}", "images") as advance,
+        contextlib.closing(work_through(_decode, decoder, tasks)) as all_done,
+    ):
+        for done in all_done:
             sizes += done.sizes
             problems += done.problems
             blocks.append((done.length, done.crc32))

@@ -126,10 +126,9 @@ class Run:
         settings = {
             name: {"value": value, "set_by": resolved.set_by[name]} for name, value in asdict(resolved.recipe).items()
         }
-        lines = [
-            f"  {name}: {json.dumps(setting)}\n" for name, setting in settings.items()
-        ]  # JSON is YAML, a line each
-        write_text(self.path / "recipe.yaml", f"recipe: {resolved.name}\nsettings:\n{''.join(lines)}")
+        content = {"recipe": resolved.name, "settings": settings}
+        # Not as JSON, though that is nearly YAML: YAML 1.1 takes JSON's 1e-05 for a string.
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, default_flow_style=None))
 
     def recipe(self) -> Resolved:
         """The recipe of the run.

@@ -42,7 +42,7 @@ def take_train(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, metavar="RUN", help="the run folder, never overwritten (runs/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on with RUN (the recipe's latest) where it was left")
     parser.add_argument("--stop-after", type=at_least_one, metavar="EPOCHS", help="stop there; --resume goes on")
-    parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="and after each epoch (60)")
+    parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="how often the state is saved (60)")
     kinds = get_type_hints(Recipe)
     for setting in dataclasses.fields(Recipe):
         if setting.name in HEADINGS:
@@ -63,7 +63,7 @@ def do_train(args: argparse.Namespace) -> str:
     result = train(name, **given)
     figures, run = result.results, result.run
     done, planned = figures["epochs"], figures["epochs_planned"]
-    epochs = f"{done:.0f} of {planned} epochs" if done < planned else f"{planned} epochs"
+    epochs = f"{done:.0f} of {planned} epochs" if done < planned else f"{planned} epoch{'s' * (planned > 1)}"
     lines = [
         headline(figures),
         f"{epochs} in {duration(figures['train_seconds'])} of training, "

@@ -6,13 +6,15 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("vitrail", "torch", "numpy", "pillow")
+from vitrail import __version__
+
+PACKAGES = ("torch", "numpy", "pillow")
 
 
 def describe(device: torch.device, step: int) -> dict[str, Any]:
@@ -22,8 +24,9 @@ def describe(device: torch.device, step: int) -> dict[str, Any]:
         "step": step,
         "command": command(),
         "commit": commit(),
+        "vitrail": __version__,
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "platform": platform.platform(),
         "cpu": cpu(),
         "cores": os.cpu_count(),
@@ -64,10 +67,3 @@ def cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

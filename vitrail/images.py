@@ -65,12 +65,12 @@ class Source:
         """One image, decoded, in the size and mode that it is stored in.
 
         Raises:
-            Unreadable: the file is no image, is damaged, or cannot be read.
+            Unreadable: the file is no image, is damaged, or cannot be read. The message names it.
         """
-        image = parse_image(read_file(self.storage, self.prefix + name))
-        with _unreadable():
+        with _unreadable(name):
+            image = Image.open(io.BytesIO(self.storage.read(self.prefix + name)))
             image.load()
-        return image
+            return image
 
 
 def locate(data: str) -> tuple[str, Storage]:
@@ -84,14 +84,14 @@ def locate(data: str) -> tuple[str, Storage]:
     if data == "tiny-imagenet":
         return data, open_storage(fetch(TINY_IMAGENET, cache_root()))
     path = Path(data).expanduser()
-    if not path.exists():
+    if not data or not path.exists():
         raise BadInput(
             f"there is no data set, folder or archive {data!r}{nearest(data, BUILT_IN)} "
             f"It can be {', '.join(BUILT_IN)}, a folder, or an archive ({', '.join(SUFFIXES)})."
         )
     name = path.resolve().name
     suffix = next((suffix for suffix in SUFFIXES if path.is_file() and name.lower().endswith(suffix)), "")
-    return name.removesuffix(name[len(name) - len(suffix) :]) or data, open_storage(path)
+    return name[: len(name) - len(suffix)] or data, open_storage(path)
 
 
 def open_source(data: str) -> Source:
@@ -108,7 +108,8 @@ def read_source(data: str, name: str, storage: Storage) -> Source:
     layout = read_layout(storage, data)
     folders = [folder for folder, images in sorted(layout.splits["train"].items()) if images]
     if len(folders) < 2:
-        raise BadInput(f"{data} has {len(folders)} classes with images to train on; it takes two or more.")
+        some = "one class" if folders else "no class"
+        raise BadInput(f"{data} has {some} with images to train on; it takes two or more.")
     label_of = {folder: label for label, folder in enumerate(folders)}
     splits = {}
     for split, tree in layout.splits.items():

@@ -1,6 +1,7 @@
 """The schedule, a pure function of the step, and the optimizers."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
             return recipe.lr * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """What decays and what does not. Decoupled decay spares biases, norms, the class token and position embeddings;
     Adam's and SGD's is L2 on everything, as in the experiments that used it."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]

@@ -179,7 +179,9 @@ def _problems(layout: Layout, images: Sequence[_Image]) -> Iterator[Problem]:
 def _class_problems(layout: Layout) -> Iterator[Problem]:
     trained = {folder for folder, images in layout.splits["train"].items() if images}
     if len(trained) < 2:
-        yield Problem("one class", f"{len(trained)} class with images; it takes two or more to train", ())
+        yield Problem(
+            "one class", f"{'one class' if trained else 'no class'} with images; it takes two or more to train", ()
+        )
     for split, tree in layout.splits.items():
         if split != "train" and layout.divided:
             continue  # what it lacks is of our making: a class of one image

@@ -90,7 +90,7 @@ def train(
         output: the run folder; `runs/RECIPE` if None. One that exists is left alone, and a number put behind the name.
         resume: go on with the run in `output` (with the latest run of the recipe if None) from its last checkpoint.
         stop_after: stop after this many epochs of the schedule, as if it were the end; `resume` goes on from there.
-        checkpoint_every: seconds between two checkpoints; one is also made after each epoch.
+        checkpoint_every: seconds between two checkpoints. One is also made at the start and at the end.
         settings: fields of `Recipe` to set otherwise than the recipe does, such as `epochs=10`.
 
     Raises:
@@ -165,19 +165,18 @@ class Session:
         at = progress.step - (progress.counted > 0)
         done = next(e for e in range(self.recipe.epochs + 1) if self.batches.first_step(e + 1) > at)
         predictions: Predictions | None = None
-        writer = SummaryWriter(str(self.run.path), purge_step=progress.step)
-        with TrainingDisplay() as display, stop_signals() as stopped:
+        events = SummaryWriter(str(self.run.path), purge_step=progress.step)
+        with events, TrainingDisplay() as display, stop_signals() as stopped:
             for epoch in range(done, last_epoch):
                 self.train_epoch(epoch, display, stopped)
-                predictions = self.end_epoch(epoch, display, writer)
-        writer.close()
+                predictions = self.end_epoch(epoch, display, events)
         self.save()
         return self.finish(predictions if predictions is not None else self.evaluate())
 
     def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
         """The steps of an epoch (from 0) that are still to be done."""
         progress, batches = self.progress, self.batches
-        began = time.perf_counter()
+        began = self.read = time.perf_counter()
         for step in range(progress.step, batches.first_step(epoch + 1)):
             self.pending.append(train_step(self.model, self.optimizer, batches, step))
             progress.step = step + 1
@@ -220,7 +219,7 @@ class Session:
         count = max(len(outcomes), 1)
         return losses / count, correct / (count * self.recipe.batch_size)
 
-    def end_epoch(self, epoch: int, display: TrainingDisplay, writer: SummaryWriter) -> Predictions:
+    def end_epoch(self, epoch: int, display: TrainingDisplay, events: SummaryWriter) -> Predictions:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
         progress, recipe = self.progress, self.recipe
         predictions = self.evaluate()
@@ -240,8 +239,8 @@ class Session:
         }
         self.run.add_metrics(metrics)
         for name, value in metrics.items():
-            writer.add_scalar(name, value, progress.step)
-        writer.flush()
+            events.add_scalar(name, value, progress.step)
+        events.flush()
         display.line(
             f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
             f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s"
@@ -272,6 +271,7 @@ class Session:
                 self.diverged(f"{name} is no longer finite after step {self.progress.step}")
         self.run.save_model(self.model, self.dataset.classes)
         self.run.save_state(self.model, self.optimizer, asdict(self.progress))
+        write_report(self.run.path, None)  # what there is to see so far; its pictures come with the results
         self.saved = time.perf_counter()
 
     def diverged(self, what: str) -> NoReturn:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
@@ -48,7 +48,9 @@ class Queue:
             return begin
 
 
-def work_through(work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]) -> Iterator[Done]:
+def work_through(
+    work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]
+) -> Generator[Done, None, None]:
     """Yields `work(shared, task)` of each task, in their order. It begins in this process, and goes over to one
     process a core where it proves long. Tasks are begun in order, and only a few more than have been yielded.
 
@@ -65,7 +67,9 @@ def work_through(work: Callable[[Shared, Task], Done], shared: Shared, tasks: Se
         yield work(shared, task)
 
 
-def _on_all_cores(work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]) -> Iterator[Done]:
+def _on_all_cores(
+    work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]
+) -> Generator[Done, None, None]:
     count = min(cores(), len(tasks), 60)  # Windows waits for no more than 61 processes at a time
     pool = ProcessPoolExecutor(count, _processes, _begin, (shared,))
     waiting: deque[Future[Done]] = deque()

@@ -1,0 +1,371 @@
+"""Runs, whole and interrupted: what they leave behind, that they end with the same bits, and how they fail."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import vitrail
+from vitrail.checkpoint import Run, read_about, write_tensors
+from vitrail.errors import BadInput, Diverged
+from vitrail.evaluate import evaluate_run, predict_files
+from vitrail.model import VisionTransformer
+from vitrail.recipes import RECIPES, resolve
+from vitrail.training import Result, model_config
+
+# A small model, with all that draws random numbers: order, augmentation and dropout
+TINY: dict[str, Any] = {
+    "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1, "epochs": 3, "batch_size": 64, "accumulate": 2,
+    "dropout": 0.1, "crop": 1, "rotate": 10.0, "lr": 3e-3, "clip": 1.0,
+}  # fmt: skip
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+WEIGHTS = Path("model/model.safetensors")
+
+
+def train(output: Path, **settings: Any) -> Result:
+    return vitrail.train("digits", output=output, **TINY | settings)
+
+
+def start(*words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "vitrail", "train", *words]
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def end_at(process: "subprocess.Popen[str]", run: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal as soon as the run has a checkpoint of that step or a later one; exit status and stderr."""
+    state = run / "last" / "state.safetensors"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not (state.is_file() and read_about(state)["step"] >= step):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    return train(tmp_path_factory.mktemp("runs") / "whole").run
+
+
+# What a run leaves behind
+
+
+def test_a_run_folder_describes_itself(whole: Path) -> None:
+    expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "predictions.safetensors", "model",
+                "last", "report.html"}  # fmt: skip
+    assert expected <= {path.name for path in whole.iterdir()}
+    assert len(list(whole.glob("events.*"))) == 1
+    assert not [path for path in whole.rglob("*") if path.name.startswith(".")]  # nothing half-written
+
+
+def test_results_are_complete_and_true(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert {"dataset", "split", "count", "top1", "top5", "loss", "parameters", "epochs", "samples_seen",
+            "train_seconds", "images_per_second", "device", "precision", "seed"} <= set(results)  # fmt: skip
+    model = vitrail.load(whole)
+    train_images = 1797 - results["count"]
+    assert results["dataset"] == "digits"
+    assert results["split"] == "test"
+    assert results["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert results["samples_seen"] == math.ceil(3 * train_images / 64) * 64
+    assert results["epochs"] == 3
+    assert results["images_per_second"] == pytest.approx(results["samples_seen"] / results["train_seconds"], rel=0.1)
+    assert sum(row["count"] for row in results["per_class"]) == results["count"]
+    predictions = load_file(whole / "predictions.safetensors")
+    right = predictions["predicted"][:, 0] == predictions["label"]
+    assert results["top1"] == pytest.approx(right.float().mean().item())
+    assert results["loss"] == pytest.approx(predictions["loss"].mean().item(), rel=1e-5)
+
+
+def test_metrics_have_a_line_an_epoch(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((whole / "results.json").read_text())
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["val_top1"] == results["top1"]
+    assert lines[0]["train_loss"] > lines[-1]["train_loss"]
+    assert lines[-1]["step"] * 64 == lines[-1]["samples_seen"] == results["samples_seen"]
+
+
+def test_settings_say_who_set_them(tmp_path: Path) -> None:
+    resolved = resolve("digits", lr=0.5)
+    run = Run.create(tmp_path / "run")
+    run.write_recipe(resolved)
+    content = yaml.safe_load((run.path / "recipe.yaml").read_text())
+    assert content["recipe"] == "digits"
+    assert content["settings"]["lr"] == {"value": 0.5, "set_by": "command line"}
+    assert content["settings"]["image_size"] == {"value": 8, "set_by": "recipe"}
+    assert content["settings"]["accumulate"] == {"value": 1, "set_by": "default"}
+    assert run.recipe() == resolved
+
+
+def test_small_numbers_stay_numbers(tmp_path: Path) -> None:
+    resolved = resolve("digits", lr=1e-5, weight_decay=1e30, clip=None)
+    run = Run.create(tmp_path / "run")
+    run.write_recipe(resolved)
+    assert run.recipe() == resolved
+
+
+def test_the_environment_is_kept(whole: Path) -> None:
+    (launch,) = json.loads((whole / "environment.json").read_text())["launches"]
+    assert launch["torch"] == torch.__version__
+    assert launch["vitrail"] == vitrail.__version__
+    assert launch["threads"] == torch.get_num_threads()
+    assert launch["step"] == 0
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
+    names = [Run.create(tmp_path / "deep" / "vit").path.name for _ in range(3)]
+    assert names == ["vit", "vit-2", "vit-3"]
+
+
+def test_what_is_saved_says_what_the_model_said(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    found = evaluate_run(whole)
+    for name in ("count", "top1", "top5", "loss", "calibration_error", "split", "dataset"):
+        assert found[name] == results[name], name
+
+
+def test_predictions_of_files(whole: Path, tmp_path: Path) -> None:
+    files = []
+    for number, size in enumerate([(8, 8), (30, 20)]):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.full((*size, 3), 100 * number, np.uint8)).save(files[-1])
+    answers = predict_files(whole, files, top=3)
+    assert [answer["image"] for answer in answers] == list(map(str, files))
+    for answer in answers:
+        probabilities = [guess["probability"] for guess in answer["predictions"]]
+        assert len(probabilities) == 3
+        assert probabilities == sorted(probabilities, reverse=True)
+    every = predict_files(whole, files, top=99)[0]["predictions"]
+    assert {guess["class"] for guess in every} == set(map(str, range(10)))
+    assert sum(guess["probability"] for guess in every) == pytest.approx(1)
+    (tmp_path / "2.png").write_text("no image")
+    for bad in (tmp_path / "2.png", tmp_path / "none.png"):
+        with pytest.raises(BadInput, match=bad.name):
+            predict_files(whole, [files[0], bad])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds(name: str) -> None:
+    with torch.device("meta"):
+        model = VisionTransformer(model_config(RECIPES[name], 200))
+    assert model(torch.empty(2, 3, *2 * [RECIPES[name].image_size], device="meta")).shape == (2, 200)
+
+
+# The same bits
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(whole: Path, tmp_path: Path) -> None:
+    again, other = train(tmp_path / "again").run, train(tmp_path / "other", seed=1).run
+    assert (again / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (other / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
+
+
+def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    random = np.random.default_rng()
+    steps = sorted(random.choice(np.arange(1, 66), 3, replace=False).tolist())  # of 68; an epoch is 22 or 23
+    process = start("digits", "--output", str(run), "--checkpoint-every", "0.02", *FLAGS)
+    for step in steps:
+        status, _ = end_at(process, run, step, signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        process = start("--resume", "--output", str(run), "--checkpoint-every", "0.02")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes(), f"killed at steps {steps}"
+    assert [launch["step"] > 0 for launch in json.loads((run / "environment.json").read_text())["launches"]] == [
+        False, True, True, True,
+    ]  # fmt: skip
+    ours, theirs = ([json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, whole))
+    for line in (*ours, *theirs):
+        del line["train_seconds"], line["images_per_second"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_in_the_middle_of_an_epoch(
+    number: signal.Signals, status: int, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "stopped"
+    ended, errors = end_at(start("digits", "--output", str(run), "--checkpoint-every", "0.02", *FLAGS), run, 30, number)
+    assert ended == status
+    assert f"go on with: vitrail train --resume --output {run}" in errors
+    assert "Traceback" not in errors
+    train_again = vitrail.train(output=run, resume=True)
+    assert (train_again.run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_stopping_after_an_epoch_and_going_on_is_one_run(whole: Path, tmp_path: Path) -> None:
+    first = train(tmp_path / "run", stop_after=1)
+    assert first.results["epochs"] == pytest.approx(1, abs=0.05)
+    assert first.results["epochs_planned"] == 3
+    assert (first.run / "report.html").is_file()
+    second = vitrail.train(output=first.run, resume=True)
+    assert second.run == first.run
+    assert (second.run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    third = vitrail.train(output=first.run, resume=True)  # nothing is left to do
+    assert third.results["top1"] == second.results["top1"]
+    assert len((second.run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = TINY | {"epochs": 2}
+    assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits")
+    assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits-2")
+    assert vitrail.train("digits", resume=True).run == Path("runs/digits-2")
+    with pytest.raises(BadInput, match="no run of vit-12"):
+        vitrail.train("vit-12", resume=True)
+
+
+def test_a_batch_in_parts_gives_the_same_step_to_rounding(tmp_path: Path) -> None:
+    settings = {"dropout": 0.0, "epochs": 1, "optimizer": "sgd", "lr": 0.1}
+    runs = [train(tmp_path / f"{parts}", accumulate=parts, **settings).run for parts in (1, 4)]
+    one, four = (load_file(run / WEIGHTS) for run in runs)
+    for name, weight in one.items():
+        torch.testing.assert_close(four[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_learns_too(tmp_path: Path) -> None:
+    results = train(tmp_path / "run", precision="bf16", epochs=2).results
+    assert results["precision"] == "bf16"
+    assert results["loss"] < 2.3  # less than chance, ln 10
+    with safe_open(tmp_path / "run" / WEIGHTS, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
+# A folder of images of many sizes
+
+
+def test_a_folder_of_photos_trains_and_evaluates(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, colour in (("red", 0), ("green", 1), ("blue", 2)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(12):
+            size = tuple(random.integers(14, 40, 2).tolist())
+            pixels = random.integers(0, 80, (*size, 3), dtype=np.uint8)
+            pixels[..., colour] += 120
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    result = train(
+        tmp_path / "run", data=str(tmp_path / "photos"), image_size=16, patch_size=4, epochs=80, batch_size=16, crop=2
+    )
+    assert result.results["top1"] == 1
+    answers = predict_files(result.run, sorted((tmp_path / "photos" / "blue").iterdir()), top=1)
+    assert {answer["predictions"][0]["class"] for answer in answers} == {"blue"}
+    with pytest.raises(BadInput, match="3 classes"):
+        evaluate_run(result.run, "digits")
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Diverged, match=r"training diverged: .* step \d+.* checkpoint of step \d+ is kept"):
+        train(run, optimizer="sgd", lr=1e30, clip=None, warmup=0.0, schedule="constant")
+    kept = load_file(run / "last" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    done = start("--resume", "--output", str(run))
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 3
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 9}, "take images of 8 or 10, or patches of 1, 3, 9"),
+        ({"num_heads": 3}, "take 1, 2, 4, 8, 16 heads"),
+        ({"accumulate": 3}, "accumulate may be 1, 2, 4"),
+        ({"batch_sise": 3}, "no setting 'batch_sise'; did you mean 'batch_size'"),
+        ({"stop_after": 0}, "at least 1 epoch"),
+        ({"data": "digit"}, "did you mean 'digits'"),
+        pytest.param({"device": "cuda"}, "there is no cuda device here",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")),
+    ],
+)  # fmt: skip
+def test_bad_input_leaves_no_run_folder(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        train(tmp_path / "run", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_keeps_its_settings(whole: Path) -> None:
+    with pytest.raises(BadInput, match=r"started with lr = 0.003.*leave --lr out"):
+        vitrail.train(output=whole, resume=True, lr=0.1)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    for path, message in ((tmp_path, "is no run folder"), (tmp_path / "none", "there is no run folder")):
+        with pytest.raises(BadInput, match=message):
+            vitrail.train(output=path, resume=True)
+        with pytest.raises(BadInput, match=message):
+            vitrail.load(path)
+
+
+def test_weights_of_another_shape_are_listed_by_name(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_bytes((whole / "model" / "config.json").read_bytes())
+    weights = load_file(whole / WEIGHTS)
+    weights["norm.weight"] = torch.ones(3)
+    weights["extra"] = weights.pop("head.bias")
+    write_tensors(run / WEIGHTS, weights)
+    with pytest.raises(BadInput) as error:
+        vitrail.load(run)
+    for part in ("head.bias is missing", "extra is unexpected", "norm.weight has shape (3,) instead of (16,)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.yaml", "model/config.json", "model/model.safetensors", "last/state.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_damaged_files_are_named(name: str, damage: str, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for part in ("recipe.yaml", "model/config.json", "model/model.safetensors", "last/state.safetensors"):
+        (run / part).parent.mkdir(parents=True, exist_ok=True)
+        (run / part).write_bytes((whole / part).read_bytes())
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(content[: len(content) // 3] if damage == "cut" else b"\xff\x00[" + content)
+    with pytest.raises(BadInput, match=name):
+        evaluate_run(run) if name.startswith(("model", "recipe")) else vitrail.train(output=run, resume=True)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Path:
+    """A file system of 100 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk]).returncode:
+        pytest.skip("making a file system that is too small takes root and Linux's mount")
+    return disk
+
+
+def test_no_space_left_is_said_and_nothing_is_left_half_written(full_disk: Path) -> None:
+    try:
+        run = full_disk / "run"
+        process = start("digits", "--output", str(run), *FLAGS, "--hidden-size=64")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "space" in errors.lower()
+        assert "Traceback" not in errors
+        assert not [path for path in run.rglob("*") if path.name.startswith(".")]
+    finally:
+        subprocess.run(["umount", full_disk], check=True)
