@@ -71,6 +71,8 @@ def test_a_run_folder_describes_itself(whole: Path) -> None:
     assert expected <= {path.name for path in whole.iterdir()}
     assert len(list(whole.glob("events.*"))) == 1
     assert not [path for path in whole.rglob("*") if path.name.startswith(".")]  # nothing half-written
+    modes = {path.stat().st_mode for path in whole.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # whoever may read one of the files may read them all
 
 
 def test_results_are_complete_and_true(whole: Path) -> None:

@@ -56,6 +56,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] 
     metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else None
 
     def save(partial: Path) -> None:
+        partial.touch()  # safetensors gives a file that it makes itself to its owner alone
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
         except SafetensorError as error:  # its way of saying that the disk is full
