@@ -371,3 +371,13 @@ def test_no_space_left_is_said_and_nothing_is_left_half_written(full_disk: Path)
         assert not [path for path in run.rglob("*") if path.name.startswith(".")]
     finally:
         subprocess.run(["umount", full_disk], check=True)
+
+
+# The default
+
+
+def test_the_default_recipe_reads_digits_in_a_minute(tmp_path: Path) -> None:
+    """What `make train` does, and what the README says of it."""
+    results = vitrail.train(output=tmp_path / "run").results
+    assert results["recipe"] == "digits"
+    assert results["top1"] >= 0.98
