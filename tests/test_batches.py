@@ -28,12 +28,16 @@ def split(sizes: list[tuple[int, int]]) -> Images:
     )
 
 
+def batches_of(images: Images, recipe: Recipe) -> TrainingBatches:
+    return TrainingBatches(Pixels(images, recipe.image_size, CPU), recipe)
+
+
 SQUARES = split([(8, 8)] * 20)
 MIXED = split([(8, 8), (9, 8), (8, 12), (16, 9), (9, 9), (11, 30)])
 
 
 def test_every_image_comes_once_an_epoch_across_the_borders_of_batches() -> None:
-    batches = TrainingBatches(SQUARES, RECIPE, CPU)
+    batches = batches_of(SQUARES, RECIPE)
     assert batches.steps == 10  # 3 epochs of 20 images are 60, in batches of 6
     order = torch.cat([batches.order(step) for step in range(batches.steps)]).tolist()
     epochs = [order[start : start + 20] for start in range(0, 60, 20)]
@@ -43,24 +47,24 @@ def test_every_image_comes_once_an_epoch_across_the_borders_of_batches() -> None
 
 
 def test_a_batch_larger_than_the_data_set_is_filled() -> None:
-    batches = TrainingBatches(SQUARES, replace(RECIPE, batch_size=50), CPU)
+    batches = batches_of(SQUARES, replace(RECIPE, batch_size=50))
     assert batches.steps == 2
     assert set(Counter(batches.order(0).tolist()).values()) == {2, 3}
 
 
 def test_a_step_is_the_same_whatever_was_done_before() -> None:
-    batches, again = TrainingBatches(MIXED, RECIPE, CPU), TrainingBatches(MIXED, RECIPE, CPU)
+    batches, again = batches_of(MIXED, RECIPE), batches_of(MIXED, RECIPE)
     sequence = [next(batches.parts(step)) for step in range(3)]
     images, labels = next(again.parts(2))
     assert torch.equal(images, sequence[2][0])
     assert torch.equal(labels, sequence[2][1])
-    other = next(TrainingBatches(MIXED, replace(RECIPE, seed=8), CPU).parts(2))
+    other = next(batches_of(MIXED, replace(RECIPE, seed=8)).parts(2))
     assert not torch.equal(other[0], images)
 
 
 def test_the_parts_of_a_batch_make_up_the_whole() -> None:
-    whole, labels = next(TrainingBatches(MIXED, RECIPE, CPU).parts(1))
-    parts = list(TrainingBatches(MIXED, replace(RECIPE, accumulate=3), CPU).parts(1))
+    whole, labels = next(batches_of(MIXED, RECIPE).parts(1))
+    parts = list(batches_of(MIXED, replace(RECIPE, accumulate=3)).parts(1))
     assert [len(part) for part, _ in parts] == [2, 2, 2]
     assert torch.equal(torch.cat([part for part, _ in parts]), whole)
     assert torch.equal(torch.cat([part for _, part in parts]), labels)
@@ -84,12 +88,12 @@ def test_images_of_the_right_size_take_the_short_way_to_the_same_pixels() -> Non
     long.uniform = False
     window = torch.rand(4, 2)
     assert torch.equal(short.cut(index, window), long.cut(index, window))
-    few = Pixels(SQUARES.take(np.array([5, 2])), 8, CPU)  # a slice of the images over the same bytes
+    few = Pixels(SQUARES.take(np.array([5, 2])), 8, CPU, beside=short)  # a slice of the images over the same bytes
     assert torch.equal(few.cut(torch.tensor([1]), window[:1])[0], short.cut(torch.tensor([2]), window[:1])[0])
 
 
 def test_evaluation_sees_each_image_once_the_last_batch_included() -> None:
-    batches = list(evaluation_batches(SQUARES, 8, 6, CPU))
+    batches = list(evaluation_batches(Pixels(SQUARES, 8, CPU), 6))
     assert [len(labels) for _, labels in batches] == [6, 6, 6, 2]
     assert torch.cat([labels for _, labels in batches]).tolist() == SQUARES.labels.tolist()
     first = torch.from_numpy(SQUARES.image(0)).permute(2, 0, 1).float() / 127.5 - 1

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
+from vitrail.batches import Pixels
 from vitrail.cache import Images
 from vitrail.evaluate import Predictions, calibration_error, figures, predict_split
 
@@ -36,9 +37,7 @@ def images() -> Images:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
 def test_every_image_counts_whatever_the_batch(batch_size: int, logits: torch.Tensor, images: Images) -> None:
-    predictions = predict_split(
-        Fixed(logits), images, image_size=4, batch_size=batch_size, device=torch.device("cpu")
-    )  # fmt: skip
+    predictions = predict_split(Fixed(logits), Pixels(images, 4, torch.device("cpu")), batch_size=batch_size)
     found = figures(predictions, CLASSES)
     probabilities = logits.softmax(1).numpy()
     assert found.count == 50

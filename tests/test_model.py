@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,10 +171,13 @@ def test_position_embeddings_resize_to_rectangles() -> None:
         ({"image_size": 18}, "take images of 16 or 20, or patches of 1, 2, 3, 6, 9, 18"),
         ({"image_size": 3}, "take images of 4, or patches of 1, 3"),
         ({"num_heads": 5}, "5 heads do not divide a width of 32: take 1, 2, 4, 8, 16, 32 heads"),
-        ({"num_classes": 0}, "nothing to tell apart"),
+        ({"num_classes": 0}, "num_classes = 0 cannot be; it must be at least 1"),
+        ({"num_heads": 0}, "num_heads = 0 cannot be"),
+        ({"image_size": 0}, "image_size = 0 cannot be"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused_with_those_that_can(changed: dict[str, int], message: str) -> None:
+def test_shapes_that_cannot_be_are_refused_with_those_that_can(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         ViTConfig(**{**vars(SMALL), **changed})
 

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vitrail
 from vitrail.checkpoint import Run, read_about, write_tensors
@@ -33,6 +34,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 WEIGHTS = Path("model/model.safetensors")
+PARTS = ["recipe.yaml", "environment.json", "model/config.json", "model/model.safetensors", "last/state.safetensors"]
 
 
 def train(output: Path, **settings: Any) -> Result:
@@ -85,7 +87,7 @@ def test_results_are_complete_and_true(whole: Path) -> None:
     assert results["split"] == "test"
     assert results["parameters"] == sum(weight.numel() for weight in model.parameters())
     assert results["samples_seen"] == math.ceil(3 * train_images / 64) * 64
-    assert results["epochs"] == 3
+    assert (results["epochs"], results["epochs_planned"]) == (3, 3)
     assert results["images_per_second"] == pytest.approx(results["samples_seen"] / results["train_seconds"], rel=0.1)
     assert sum(row["count"] for row in results["per_class"]) == results["count"]
     predictions = load_file(whole / "predictions.safetensors")
@@ -110,7 +112,7 @@ def test_settings_say_who_set_them(tmp_path: Path) -> None:
     content = yaml.safe_load((run.path / "recipe.yaml").read_text())
     assert content["recipe"] == "digits"
     assert content["settings"]["lr"] == {"value": 0.5, "set_by": "command line"}
-    assert content["settings"]["image_size"] == {"value": 8, "set_by": "recipe"}
+    assert content["settings"]["image_size"] == {"value": 16, "set_by": "recipe"}
     assert content["settings"]["accumulate"] == {"value": 1, "set_by": "default"}
     assert run.recipe() == resolved
 
@@ -214,8 +216,7 @@ def test_a_signal_saves_and_ends_in_the_middle_of_an_epoch(
 
 def test_stopping_after_an_epoch_and_going_on_is_one_run(whole: Path, tmp_path: Path) -> None:
     first = train(tmp_path / "run", stop_after=1)
-    assert first.results["epochs"] == pytest.approx(1, abs=0.05)
-    assert first.results["epochs_planned"] == 3
+    assert (first.results["epochs"], first.results["epochs_planned"]) == (1, 3)
     assert (first.run / "report.html").is_file()
     second = vitrail.train(output=first.run, resume=True)
     assert second.run == first.run
@@ -223,6 +224,29 @@ def test_stopping_after_an_epoch_and_going_on_is_one_run(whole: Path, tmp_path: 
     third = vitrail.train(output=first.run, resume=True)  # nothing is left to do
     assert third.results["top1"] == second.results["top1"]
     assert len((second.run / "metrics.jsonl").read_text().splitlines()) == 3
+    events = EventAccumulator(str(first.run)).Reload()
+    assert [event.step for event in events.Scalars("val_top1")] == [23, 45, 68]
+
+
+def test_a_kill_between_an_epochs_line_and_its_checkpoint_leaves_one_line(whole: Path, tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, vitrail
+from vitrail.checkpoint import Run
+add = Run.add_metrics
+def killed(self, metrics):
+    add(self, metrics)
+    os.kill(os.getpid(), signal.SIGKILL)
+Run.add_metrics = killed
+vitrail.train("digits", output=sys.argv[1], checkpoint_every=0.0, **eval(sys.argv[2]))
+"""
+    run = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", script, str(run), repr(TINY)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    (run / "last" / ".state.safetensors.1").write_text("what a kill in the middle of writing leaves")
+    vitrail.train(output=run, resume=True)
+    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert not [path for path in run.rglob(".*") if path.is_file()]
 
 
 def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +255,13 @@ def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pyte
     assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits")
     assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits-2")
     assert vitrail.train("digits", resume=True).run == Path("runs/digits-2")
+    assert vitrail.train(resume=True).run == Path("runs/digits-2")
     with pytest.raises(BadInput, match="no run of vit-12"):
         vitrail.train("vit-12", resume=True)
+    with pytest.raises(BadInput, match="is a run of digits, not of vit-12"):
+        vitrail.train("vit-12", resume=True, output="runs/digits")
+    with pytest.raises(BadInput, match="did you mean 'digits'"):
+        vitrail.train("digts", resume=True)
 
 
 def test_a_batch_in_parts_gives_the_same_step_to_rounding(tmp_path: Path) -> None:
@@ -254,27 +283,59 @@ def test_bf16_learns_too(tmp_path: Path) -> None:
 # A folder of images of many sizes
 
 
-def test_a_folder_of_photos_trains_and_evaluates(tmp_path: Path) -> None:
+def save_photos(folder: Path, colours: dict[str, int], count: int) -> Path:
+    """Noise of many sizes, with more of one colour: class → channel."""
     random = np.random.default_rng(0)
-    for name, colour in (("red", 0), ("green", 1), ("blue", 2)):
-        folder = tmp_path / "photos" / name
-        folder.mkdir(parents=True)
-        for number in range(12):
-            size = tuple(random.integers(14, 40, 2).tolist())
-            pixels = random.integers(0, 80, (*size, 3), dtype=np.uint8)
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 80, (*random.integers(14, 40, 2).tolist(), 3), dtype=np.uint8)
             pixels[..., colour] += 120
-            Image.fromarray(pixels).save(folder / f"{number}.png")
-    result = train(
-        tmp_path / "run", data=str(tmp_path / "photos"), image_size=16, patch_size=4, epochs=80, batch_size=16, crop=2
-    )
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_a_folder_of_photos_trains_and_evaluates(tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos", {"red": 0, "green": 1, "blue": 2}, 12)
+    result = train(tmp_path / "run", data=str(photos), image_size=16, patch_size=4, epochs=80, batch_size=16, crop=2)
     assert result.results["top1"] == 1
-    answers = predict_files(result.run, sorted((tmp_path / "photos" / "blue").iterdir()), top=1)
+    answers = predict_files(result.run, sorted((photos / "blue").iterdir()), top=1)
     assert {answer["predictions"][0]["class"] for answer in answers} == {"blue"}
     with pytest.raises(BadInput, match="3 classes"):
         evaluate_run(result.run, "digits")
 
 
+@pytest.mark.parametrize(("epochs", "batch_size"), [(3, 32), (7, 64), (1, 200)])
+def test_a_batch_may_hold_more_images_than_there_are(epochs: int, batch_size: int, tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos", {"red": 0, "blue": 2}, 12)  # 20 to train on
+    result = train(tmp_path / "run", data=str(photos), image_size=16, epochs=epochs, batch_size=batch_size)
+    assert result.results["epochs"] == epochs
+    assert result.results["samples_seen"] == math.ceil(epochs * 20 / batch_size) * batch_size
+    assert vitrail.train(output=result.run, resume=True).results["loss"] == result.results["loss"]
+
+
 # What goes wrong
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos", {"red": 0, "blue": 2}, 6)
+    run = train(tmp_path / "run", data=str(photos), image_size=16, stop_after=1, batch_size=4).run
+    vitrail.train(output=run, resume=True, stop_after=2, data=str(photos.rename(tmp_path / "moved")))  # the same images
+    save_photos(tmp_path / "moved" / "more", {"x": 1}, 1)
+    for other in (tmp_path / "moved", save_photos(tmp_path / "other", {"green": 1, "blue": 2}, 6), "digits"):
+        with pytest.raises(BadInput, match=r"the images are not those that|the weights of .* are not this model's"):
+            vitrail.train(output=run, resume=True, data=str(other))
+
+
+def test_other_threads_are_said_to_give_other_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run", stop_after=1).run
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        vitrail.train(output=run, resume=True, stop_after=2)
+    finally:
+        torch.set_num_threads(before)
+    assert f"threads is {before + 1}, and was {before}: the run goes on, but" in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Path) -> None:
@@ -292,7 +353,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 9}, "take images of 8 or 10, or patches of 1, 3, 9"),
+        ({"image_size": 18}, "take images of 16 or 20, or patches of 1, 2, 3, 6, 9, 18"),
+        ({"precision": "fp16"}, "it must be one of fp32, bf16; did you mean"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"seed": 2**70}, r"below 2\^63"),
         ({"num_heads": 3}, "take 1, 2, 4, 8, 16 heads"),
         ({"accumulate": 3}, "accumulate may be 1, 2, 4"),
         ({"batch_sise": 3}, "no setting 'batch_sise'; did you mean 'batch_size'"),
@@ -336,12 +400,13 @@ def test_weights_of_another_shape_are_listed_by_name(whole: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["recipe.yaml", "model/config.json", "model/model.safetensors", "last/state.safetensors"]
+    "name",
+    ["recipe.yaml", "environment.json", "model/config.json", "model/model.safetensors", "last/state.safetensors"],
 )
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
 def test_damaged_files_are_named(name: str, damage: str, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for part in ("recipe.yaml", "model/config.json", "model/model.safetensors", "last/state.safetensors"):
+    for part in PARTS:
         (run / part).parent.mkdir(parents=True, exist_ok=True)
         (run / part).write_bytes((whole / part).read_bytes())
     content = (run / name).read_bytes()

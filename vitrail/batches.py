@@ -37,13 +37,16 @@ class Pixels:
         images: the split; its images are at least `image_size` high and wide.
         image_size: S.
         device: where the bytes go, all of them, once.
+        beside: another split over the same bytes, which are then not sent a second time.
     """
 
-    def __init__(self, images: Images, image_size: int, device: torch.device) -> None:
+    def __init__(self, images: Images, image_size: int, device: torch.device, beside: "Pixels | None" = None) -> None:
         self.size = image_size
         self.device = device
         self.labels = torch.from_numpy(images.labels).to(device)
-        self.bytes = torch.from_numpy(images.pixels).to(device)
+        self.bytes: UInt8[Tensor, " bytes"] = (
+            torch.from_numpy(images.pixels).to(device) if beside is None else beside.bytes
+        )
         self.offsets = torch.from_numpy(images.offsets).to(device)
         self.sizes = torch.from_numpy(images.sizes).to(device)
         area = image_size * image_size * 3
@@ -77,8 +80,8 @@ class TrainingBatches:
     every image is seen as often as every other, and all batches have the same size.
     """
 
-    def __init__(self, images: Images, recipe: Recipe, device: torch.device) -> None:
-        self.pixels = Pixels(images, recipe.image_size, device)
+    def __init__(self, pixels: Pixels, recipe: Recipe) -> None:
+        self.pixels = pixels
         self.recipe = recipe
         self.permutation = lru_cache(maxsize=2)(self._permutation)
 
@@ -113,11 +116,9 @@ class TrainingBatches:
             yield normalise(augment(images, todo, recipe)), self.pixels.labels[part]
 
 
-def evaluation_batches(
-    images: Images, image_size: int, batch_size: int, device: torch.device
-) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
+def evaluation_batches(pixels: Pixels, batch_size: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
     """Every image once, in order, its centre cut out; the last batch is as long as what is left."""
-    pixels = Pixels(images, image_size, device)
-    for start in range(0, len(images), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(images)), device=device)
-        yield normalise(pixels.cut(index, torch.full((len(index), 2), 0.5, device=device))), pixels.labels[index]
+    for start in range(0, len(pixels), batch_size):
+        index = torch.arange(start, min(start + batch_size, len(pixels)), device=pixels.device)
+        centre = torch.full((len(index), 2), 0.5, device=pixels.device)
+        yield normalise(pixels.cut(index, centre)), pixels.labels[index]

@@ -56,11 +56,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] 
     metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else None
 
     def save(partial: Path) -> None:
-        partial.touch()  # safetensors gives a file that it makes itself to its owner alone
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; safetensors gives its files to their owner alone
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
         except SafetensorError as error:  # its way of saying that the disk is full
             raise OSError(f"could not write {path}: {error}") from error
+        partial.chmod(mode)
 
     write(path, save)
 
@@ -150,21 +152,48 @@ class Run:
 
     def note_launch(self, entry: dict[str, Any]) -> None:
         """Add to `environment.json` what the run is started, or goes on, with."""
+        content = {"launches": [*self.launches(), entry]}
+        write_text(self.path / "environment.json", json.dumps(content, indent=2) + "\n")
+
+    def launches(self) -> list[dict[str, Any]]:
+        """What the run was started, and gone on, with; nothing for a run that is new.
+
+        Raises:
+            BadInput: `environment.json` is damaged.
+        """
         path = self.path / "environment.json"
-        launches = json.loads(path.read_text(encoding="utf-8"))["launches"] if path.is_file() else []
-        write_text(path, json.dumps({"launches": [*launches, entry]}, indent=2) + "\n")
+        try:
+            launches: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["launches"]
+            return launches
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path} is damaged: {error}.") from None
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
         """Add a line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Drop the lines of `metrics.jsonl` behind a step: they are of work that was lost and is done again."""
+    def go_back(self, step: int) -> None:
+        """Drop what is of work behind a step, which was lost and is done again: lines of `metrics.jsonl`, figures of
+        later weights, and files that were being written when the run was killed.
+
+        Raises:
+            BadInput: `metrics.jsonl` is damaged.
+        """
+        for name in ("results.json", "predictions.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+        for partial in [path for path in self.path.rglob(".*") if path.is_file()]:
+            partial.unlink()
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            try:
+                # The last line may have been cut off; it is of work that is done again, like those after `step`.
+                lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadInput(f"{path} is damaged: {error}.") from None
             write_text(path, "".join(kept))
 
     def save_model(self, model: VisionTransformer, classes: tuple[str, ...]) -> None:

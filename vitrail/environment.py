@@ -17,11 +17,10 @@ from vitrail import __version__
 PACKAGES = ("torch", "numpy", "pillow")
 
 
-def describe(device: torch.device, step: int) -> dict[str, Any]:
-    """One entry of `environment.json`: what is true of a run that takes up its work now, at `step`."""
+def describe(device: torch.device) -> dict[str, Any]:
+    """What is true of a run that takes up its work now, for an entry of `environment.json`."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "step": step,
         "command": command(),
         "commit": commit(),
         "vitrail": __version__,

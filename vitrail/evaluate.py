@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vitrail import cache
-from vitrail.batches import evaluation_batches
+from vitrail.batches import Pixels, evaluation_batches
 from vitrail.cache import Images
 from vitrail.checkpoint import Run
 from vitrail.errors import BadInput
@@ -79,11 +79,9 @@ def pick_device(name: str) -> torch.device:
 @torch.inference_mode()
 def predict_split(
     model: nn.Module,
-    images: Images,
+    pixels: Pixels,
     *,
-    image_size: int,
     batch_size: int = 200,
-    device: torch.device,
     precision: Literal["fp32", "bf16"] = "fp32",
     top: int = 5,
 ) -> Predictions:
@@ -92,17 +90,19 @@ def predict_split(
     The model is left in evaluation mode."""
     model.eval()
     labels, predicted, probabilities, losses = [], [], [], []
-    with track(len(images), "evaluating", "images") as advance:
-        for batch, label in evaluation_batches(images, image_size, batch_size, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with track(len(pixels), "evaluating", "images") as advance:
+        for batch, label in evaluation_batches(pixels, batch_size):
+            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)
+            # Figures are made on the processor: float64, which some devices lack, orders nearly equal probabilities.
+            logits, label = logits.float().cpu(), label.cpu()
             best = F.softmax(logits.double(), dim=1).topk(min(top, logits.shape[1]))
             labels.append(label)
             predicted.append(best.indices)
             probabilities.append(best.values.float())
-            losses.append(F.cross_entropy(logits.float(), label, reduction="none"))
+            losses.append(F.cross_entropy(logits, label, reduction="none", ignore_index=-1))  # -1: not known
             advance(len(label))
-    arrays = (torch.cat(parts).cpu().numpy() for parts in (labels, predicted, probabilities, losses))
+    arrays = (torch.cat(parts).numpy() for parts in (labels, predicted, probabilities, losses))
     return Predictions(*arrays)
 
 
@@ -149,11 +149,8 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
             f"{path} tells apart {len(classes)} classes ({', '.join(classes[:3])} …), and {dataset.name} has "
             f"{len(dataset.classes)} others ({', '.join(dataset.classes[:3])} …): they must be the same."
         )
-    device = pick_device("auto")
-    predictions = predict_split(
-        model.to(device), dataset.splits[dataset.evaluation], image_size=model.config.image_size, device=device,
-        precision=recipe.precision,
-    )  # fmt: skip
+    pixels = Pixels(dataset.splits[dataset.evaluation], model.config.image_size, pick_device("auto"))
+    predictions = predict_split(model.to(pixels.device), pixels, precision=recipe.precision)
     found = figures(predictions, classes).as_dict()
     return {"recipe": resolved.name, "dataset": dataset.name, "split": dataset.evaluation, **found}
 
@@ -177,18 +174,10 @@ def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[
         BadInput: the run cannot be used, or a file cannot be read as an image.
     """
     model, classes = Run.open(path).load_model()
-    device, size = pick_device("auto"), model.config.image_size
-    pixels = [read_pixels(file, size) for file in files]
-    sizes = np.array([array.shape[:2] for array in pixels], np.int32)
-    ends = np.cumsum([array.size for array in pixels])
-    images = Images(
-        pixels=np.concatenate([array.ravel() for array in pixels]),
-        offsets=np.concatenate([[0], ends[:-1]]),
-        sizes=sizes,
-        labels=np.zeros(len(files), np.int64),  # not known, and not looked at
-        names=tuple(map(str, files)),
-    )
-    predictions = predict_split(model.to(device), images, image_size=size, device=device, top=top)
+    size = model.config.image_size
+    images = Images.pack([read_pixels(file, size) for file in files], list(map(str, files)))
+    pixels = Pixels(images, size, pick_device("auto"))
+    predictions = predict_split(model.to(pixels.device), pixels, top=top)
     return [
         {
             "image": name,

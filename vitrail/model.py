@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vitrail.errors import BadInput
 
 LAYER_NORM_EPS = 1e-6
-# On a CPU plain matrix products beat torch's fused attention as long as the (T, T) matrices stay in cache
-# (docs/log.md has the measurement); elsewhere the fused kernel always wins, and needs no (T, T) memory.
+# On a CPU plain matrix products beat torch's fused attention in training at 65 tokens (docs/log.md). They need memory
+# for the (T, T) matrices, so that long sequences, and GPUs, are left to the fused kernel.
 PLAIN_ATTENTION_TOKENS = 256
 
 
@@ -48,6 +48,11 @@ class ViTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "num_classes"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"a model with {name} = {getattr(self, name)} cannot be; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
         if self.image_size % self.patch_size:
             below = self.image_size - self.image_size % self.patch_size
             sizes = " or ".join(str(size) for size in (below, below + self.patch_size) if size)
@@ -59,8 +64,6 @@ class ViTConfig:
         if self.hidden_size % self.num_heads:
             heads = ", ".join(str(n) for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0)
             raise BadInput(f"{self.num_heads} heads do not divide a width of {self.hidden_size}: take {heads} heads.")
-        if self.num_classes < 1:
-            raise BadInput(f"a model of {self.num_classes} classes has nothing to tell apart.")
 
     @property
     def grid(self) -> int:
@@ -89,7 +92,7 @@ class Dropout(nn.Module):
         # Sixteen bits are enough to decide, so that one 64-bit draw decides for four activations.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         noise = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        dropped = round(self.rate * 2**16)
+        dropped = min(round(self.rate * 2**16), 2**16 - 1)
         return x * (noise >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 

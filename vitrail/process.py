@@ -13,6 +13,9 @@ import torch
 
 from vitrail.progress import say
 
+# cuBLAS is deterministic only with a workspace of fixed size, and reads this once, before its first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
@@ -22,7 +25,7 @@ def stop_signals() -> Iterator[list[int]]:
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        say("stopping after this step; once more to stop at once")
+        say("stopping as soon as the state is saved; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread have handlers
         yield received
@@ -37,11 +40,11 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Have CUDA add up in a fixed order while the block runs, as bit-for-bit resuming needs; a CPU does anyway."""
+    """Have CUDA add up in a fixed order while the block runs, as bit-for-bit resuming needs. A CPU does so anyway, for
+    a given number of threads; MPS makes no such promise."""
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -51,8 +54,8 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of handing it back to the system, where a step would have to fetch it again
-    page by page: that was a fifth of the time of a training step on a CPU (docs/log.md)."""
+    """Have glibc keep freed memory instead of handing it back to the system, from where the next step would have to
+    fetch it again page by page (docs/log.md has what that costs)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -7,7 +7,7 @@ type, its default and its help stand here and nowhere else. Nothing here imports
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitrail.errors import BadInput
 
@@ -62,6 +62,11 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = setting("fp32", "of the matrix products; weights and sums stay fp32")
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Recipe).items():
+            value, choices = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in choices:
+                near = nearest(str(value), choices)
+                raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(choices)}{near}")
         for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs",
                      "batch_size", "accumulate"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -69,6 +74,8 @@ class Recipe:
         for name in ("lr", "weight_decay", "warmup", "rotate", "crop", "seed"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.seed >= 2**63:
+            raise BadInput(f"seed is {self.seed}; it must be below 2^63.")
         for name in ("dropout", "holdout"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")

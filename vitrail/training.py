@@ -2,8 +2,9 @@
 
 import json
 import math
+import shlex
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vitrail import cache
-from vitrail.batches import TrainingBatches, stream_seed
+from vitrail.batches import Pixels, TrainingBatches, stream_seed
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, read_about, write_tensors, write_text
 from vitrail.environment import describe
@@ -26,6 +27,7 @@ from vitrail.process import deterministic, keep_freed_memory, stop_signals
 from vitrail.progress import TrainingDisplay
 from vitrail.recipes import Recipe, Resolved, resolve
 from vitrail.report import write_report
+from vitrail.resume import Progress, check_images, compare_launches, digest, take_up
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
 
@@ -36,17 +38,6 @@ class Result:
 
     run: Path
     results: dict[str, Any]
-
-
-@dataclass
-class Progress:
-    """How far a run is: with the weights and the optimizer's state, all that resuming needs."""
-
-    step: int = 0  # steps done
-    train_seconds: float = 0.0  # spent in steps, input included; evaluation and saving left out
-    loss: float = 0.0  # sum over this epoch's steps
-    correct: int = 0  # images of this epoch
-    counted: int = 0  # steps of this epoch
 
 
 def train_step(
@@ -75,7 +66,7 @@ def train_step(
 
 
 def train(
-    recipe: str = "digits",
+    recipe: str | None = None,
     *,
     output: Path | str | None = None,
     resume: bool = False,
@@ -86,9 +77,10 @@ def train(
     """Train a Vision Transformer by a recipe, from images to a run folder with its weights, figures and report.
 
     Args:
-        recipe: a name from `vitrail recipes`.
+        recipe: a name from `vitrail recipes`; `digits` if None.
         output: the run folder; `runs/RECIPE` if None. One that exists is left alone, and a number put behind the name.
-        resume: go on with the run in `output` (with the latest run of the recipe if None) from its last checkpoint.
+        resume: go on with the run in `output` (the latest in `runs/`, of the recipe if one is named, if None) from its
+            last checkpoint. On the same machine it ends with the bits that it would have had.
         stop_after: stop after this many epochs of the schedule, as if it were the end; `resume` goes on from there.
         checkpoint_every: seconds between two checkpoints. One is also made at the start and at the end.
         settings: fields of `Recipe` to set otherwise than the recipe does, such as `epochs=10`.
@@ -101,29 +93,28 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise BadInput(f"stop-after is {stop_after}; it must be at least 1 epoch.")
-    if resume:
-        run, resolved = take_up(recipe, output, settings)
-    else:
-        run, resolved = None, resolve(recipe, **settings)
+    run, resolved = take_up(recipe, output, settings) if resume else (None, resolve(recipe or "digits", **settings))
     chosen = resolved.recipe
     device = pick_device(settings.get("device", chosen.device))
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
     torch.manual_seed(chosen.seed)
     model = VisionTransformer(model_config(chosen, len(dataset.classes))).to(device)
     optimizer = build_optimizer(model, chosen)
-    progress = Progress()
+    progress = Progress(images=digest(dataset))
+    launch = describe(device)
     if run is None:  # only now: what is wrong with the input was said before anything was written
         run = Run.create(Path(output) if output is not None else Path("runs") / resolved.name)
         run.write_recipe(resolved)
     else:
-        progress = Progress(**run.load_state(model, optimizer))
-    run.note_launch(describe(device, progress.step))
+        check_images(run, then := Progress(**run.load_state(model, optimizer)), progress.images)
+        compare_launches((run.launches() or [launch])[-1], launch)
+        progress = then
+    run.note_launch({"step": progress.step, **launch})
     if device.type == "cpu":
         keep_freed_memory()
-    last_epoch = min(chosen.epochs, stop_after or chosen.epochs)
     session = Session(run, resolved, dataset, model, optimizer, progress, device, checkpoint_every)
-    with deterministic(device):
-        return session.fit(last_epoch)
+    with deterministic(device), stop_signals() as stopped:
+        return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
 
 
 def model_config(recipe: Recipe, num_classes: int) -> ViTConfig:
@@ -152,49 +143,55 @@ class Session:
 
     def __post_init__(self) -> None:
         self.recipe = self.resolved.recipe
-        self.batches = TrainingBatches(self.dataset.splits["train"], self.recipe, self.device)
+        train, judged = self.dataset.splits["train"], self.dataset.splits[self.dataset.evaluation]
+        pixels = Pixels(train, self.recipe.image_size, self.device)
+        same_bytes = pixels if judged.pixels is train.pixels else None
+        self.batches = TrainingBatches(pixels, self.recipe)
+        self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
         self.saved = self.read = time.perf_counter()
 
-    def fit(self, last_epoch: int) -> Result:
-        """Train up to the end of `last_epoch` (counted from 1), evaluating after each epoch and saving on the way."""
-        progress = self.progress
-        self.run.drop_metrics_after(progress.step)
-        if progress.step == 0:
-            self.save()  # so that there is something to resume from, however early the end comes
+    def fit(self, last_epoch: int, stopped: list[int]) -> Result:
+        """Train up to the end of `last_epoch` (counted from 1), evaluating after each epoch and saving on the way.
+        `stopped` gets the number of a signal when one comes."""
+        progress, batches = self.progress, self.batches
         # A checkpoint between an epoch's last step and its evaluation still counts steps of that epoch.
         at = progress.step - (progress.counted > 0)
-        done = next(e for e in range(self.recipe.epochs + 1) if self.batches.first_step(e + 1) > at)
+        epochs_done = next((e for e in range(last_epoch) if batches.first_step(e + 1) > at), last_epoch)
         predictions: Predictions | None = None
-        events = SummaryWriter(str(self.run.path), purge_step=progress.step)
-        with events, TrainingDisplay() as display, stop_signals() as stopped:
-            for epoch in range(done, last_epoch):
+        self.run.go_back(at)
+        if progress.step == 0:
+            self.save()  # so that there is something to resume from, however early the end comes
+        with SummaryWriter(str(self.run.path), purge_step=at + 1) as events, TrainingDisplay() as display:
+            for epoch in range(epochs_done, last_epoch):
                 self.train_epoch(epoch, display, stopped)
-                predictions = self.end_epoch(epoch, display, events)
+                if progress.counted:  # where a batch holds more images than there are, some epochs have no step
+                    predictions = self.end_epoch(epoch, display, events)
         self.save()
         return self.finish(predictions if predictions is not None else self.evaluate())
 
     def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
         """The steps of an epoch (from 0) that are still to be done."""
-        progress, batches = self.progress, self.batches
+        progress, batches, recipe = self.progress, self.batches, self.recipe
+        end = batches.first_step(epoch + 1)
         began = self.read = time.perf_counter()
-        for step in range(progress.step, batches.first_step(epoch + 1)):
+        for step in range(progress.step, end):
+            if stopped:
+                self.save()
+                self.stop(stopped[0])
             self.pending.append(train_step(self.model, self.optimizer, batches, step))
             progress.step = step + 1
             now = time.perf_counter()
-            progress.train_seconds += now - began
-            began = now
-            if now - self.read >= READ_EVERY:
-                loss, accuracy = self.read_outcomes()
+            to_save = now - self.saved >= self.checkpoint_every
+            if to_save or progress.step == end or now - self.read >= READ_EVERY or stopped:
+                loss, accuracy = self.read_outcomes()  # which waits for the device, and so belongs to the time
+                progress.train_seconds += time.perf_counter() - began
+                epochs = progress.step / batches.steps * recipe.epochs
                 display.update(
-                    progress.step, batches.steps, progress.step / batches.steps * self.recipe.epochs,
-                    self.recipe.epochs, loss, accuracy, self.images_per_second,
-                )  # fmt: skip
-            if stopped or now - self.saved >= self.checkpoint_every:
-                self.save()
-                began = time.perf_counter()
-            if stopped:
-                self.stop(stopped[0])
-        self.read_outcomes()
+                    progress.step, batches.steps, epochs, recipe.epochs, loss, accuracy, self.images_per_second
+                )
+                if to_save:
+                    self.save()
+                began = self.read = time.perf_counter()
 
     def read_outcomes(self) -> tuple[float, float]:
         """Read what the last steps gave: mean loss and accuracy of them, which are also added to the epoch's.
@@ -202,7 +199,7 @@ class Session:
         Raises:
             Diverged: one of the losses is not finite.
         """
-        outcomes = torch.stack(self.pending).tolist() if self.pending else []
+        outcomes = torch.stack(self.pending).tolist()
         self.pending.clear()
         first = self.progress.step - len(outcomes)
         for step, (loss, _) in enumerate(outcomes, start=first + 1):
@@ -211,19 +208,19 @@ class Session:
         now = time.perf_counter()
         pace = len(outcomes) * self.recipe.batch_size / (now - self.read)
         self.images_per_second = 0.8 * self.images_per_second + 0.2 * pace if self.images_per_second else pace
-        self.read = now
         losses, correct = sum(loss for loss, _ in outcomes), sum(round(right) for _, right in outcomes)
         self.progress.loss += losses
         self.progress.correct += correct
         self.progress.counted += len(outcomes)
-        count = max(len(outcomes), 1)
-        return losses / count, correct / (count * self.recipe.batch_size)
+        return losses / len(outcomes), correct / (len(outcomes) * self.recipe.batch_size)
 
     def end_epoch(self, epoch: int, display: TrainingDisplay, events: SummaryWriter) -> Predictions:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
         progress, recipe = self.progress, self.recipe
         predictions = self.evaluate()
         found = figures(predictions, self.dataset.classes)
+        if not math.isfinite(found.loss):
+            self.diverged(f"the {self.dataset.evaluation} loss is {found.loss} after step {progress.step}")
         metrics = {
             "epoch": epoch + 1,
             "step": progress.step,
@@ -246,16 +243,11 @@ class Session:
             f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s"
         )
         progress.loss, progress.correct, progress.counted = 0.0, 0, 0
-        if not math.isfinite(found.loss):
-            self.diverged(f"the {self.dataset.evaluation} loss is {found.loss} after step {progress.step}")
         return predictions
 
     def evaluate(self) -> Predictions:
         """Predictions for the evaluated split by the weights as they are."""
-        predictions = predict_split(
-            self.model, self.dataset.splits[self.dataset.evaluation], image_size=self.recipe.image_size,
-            device=self.device, precision=self.recipe.precision,
-        )  # fmt: skip
+        predictions = predict_split(self.model, self.judged, precision=self.recipe.precision)
         self.model.train()
         return predictions
 
@@ -265,12 +257,11 @@ class Session:
         Raises:
             Diverged: they are not.
         """
-        self.read_outcomes()
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
                 self.diverged(f"{name} is no longer finite after step {self.progress.step}")
         self.run.save_model(self.model, self.dataset.classes)
-        self.run.save_state(self.model, self.optimizer, asdict(self.progress))
+        self.run.save_state(self.model, self.optimizer, self.progress.as_dict())
         write_report(self.run.path, None)  # what there is to see so far; its pictures come with the results
         self.saved = time.perf_counter()
 
@@ -286,21 +277,21 @@ class Session:
         """End this stretch because a signal came; the state was saved just before."""
         raise Stopped(
             f"stopped at step {self.progress.step} of {self.batches.steps}; go on with: "
-            f"vitrail train --resume --output {self.run.path}",
+            f"vitrail train --resume --output {shlex.quote(str(self.run.path))}",
             128 + number,
         )
 
     def finish(self, predictions: Predictions) -> Result:
         """Write the figures of the last weights, the predictions behind them, and the report."""
-        progress, recipe, found = self.progress, self.recipe, figures(predictions, self.dataset.classes)
-        per_class = found.as_dict().pop("per_class")
+        progress, recipe = self.progress, self.recipe
+        found = figures(predictions, self.dataset.classes).as_dict()
         results = {
             "recipe": self.resolved.name,
             "dataset": self.dataset.name,
             "split": self.dataset.evaluation,
-            **{name: value for name, value in found.as_dict().items() if name != "per_class"},
+            **found,
             "parameters": sum(weight.numel() for weight in self.model.parameters()),
-            "epochs": round(progress.step / self.batches.steps * recipe.epochs, 2),
+            "epochs": max(e for e in range(recipe.epochs + 1) if self.batches.first_step(e) <= progress.step),
             "epochs_planned": recipe.epochs,
             "samples_seen": progress.step * recipe.batch_size,
             "train_seconds": round(progress.train_seconds, 2),
@@ -308,34 +299,10 @@ class Session:
             "device": self.device.type,
             "precision": recipe.precision,
             "seed": recipe.seed,
-            "per_class": per_class,
         }
+        results["per_class"] = results.pop("per_class")  # last, for it is long
         arrays = {name: torch.from_numpy(array) for name, array in predictions.arrays().items()}
         write_tensors(self.run.path / "predictions.safetensors", arrays)
         write_text(self.run.path / "results.json", json.dumps(results, indent=2) + "\n")
         write_report(self.run.path, self.dataset)
         return Result(self.run.path, results)
-
-
-def take_up(recipe: str, output: Path | str | None, settings: dict[str, Any]) -> tuple[Run, Resolved]:
-    """The run to resume, and its own settings.
-
-    Raises:
-        BadInput: there is no such run, or a setting now given is another than the run's.
-    """
-    if output is None:
-        runs = sorted(Path("runs").glob(f"{recipe}*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
-        if not runs:
-            raise BadInput(f"there is no run of {recipe} in runs/ to resume; say which with --output RUN.")
-        output = runs[-1].parent.parent
-    run = Run.open(output)
-    resolved = run.recipe()
-    for name, value in settings.items():
-        was = getattr(resolved.recipe, name, None)
-        # Where the images and the processor are may change between two stretches; what is computed may not.
-        if name not in ("data", "device") and was != value:
-            raise BadInput(
-                f"{run.path} was started with {name} = {was}, and a resumed run keeps its settings; "
-                f"leave --{name.replace('_', '-')} out, or train anew."
-            )
-    return run, resolved

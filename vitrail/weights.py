@@ -58,6 +58,8 @@ def read_official(path: Path) -> tuple[ViTConfig, dict[str, Tensor]]:
         return config, _weights(arrays, config)
     except KeyError as error:
         raise BadInput(f"{path} is no checkpoint of the official Vision Transformer: {error} is missing.") from None
+    except (ValueError, IndexError, TypeError) as error:
+        raise BadInput(f"the arrays of {path} are not of the shapes of a Vision Transformer's: {error}.") from None
 
 
 def _config(arrays: Arrays) -> ViTConfig:

@@ -1,0 +1,95 @@
+"""Going on with a run: which one, from where, and whether it is still the same run."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrail.cache import Dataset
+from vitrail.checkpoint import Run
+from vitrail.errors import BadInput
+from vitrail.progress import say
+from vitrail.recipes import Resolved, resolve
+
+
+@dataclass
+class Progress:
+    """How far a run is: with the weights and the optimizer's state, all that resuming needs."""
+
+    images: str  # a digest of what it trains on and is judged by, as `digest` gives it
+    step: int = 0  # steps done
+    train_seconds: float = 0.0  # spent in steps, input included; evaluation and saving left out
+    loss: float = 0.0  # sum over this epoch's steps
+    correct: int = 0  # images of this epoch
+    counted: int = 0  # steps of this epoch
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is kept in the checkpoint."""
+        return asdict(self)
+
+
+def digest(dataset: Dataset) -> str:
+    """Changes when classes, images or their labels do, by name: the order in which a run sees them hangs on that."""
+    hashed = hashlib.blake2b(repr(dataset.classes).encode(), digest_size=16)
+    for split, images in sorted(dataset.splits.items()):
+        hashed.update(repr((split, images.names)).encode())
+        hashed.update(images.labels.tobytes())
+    return hashed.hexdigest()
+
+
+def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any]) -> tuple[Run, Resolved]:
+    """The run to resume, and its own settings.
+
+    Args:
+        name: the recipe that the run must be of; any if None.
+        output: the run folder; the one in `runs/` with the latest checkpoint if None.
+        settings: what is set now, which must agree with the run.
+
+    Raises:
+        BadInput: there is no such run, or a setting now given is another than the run's.
+    """
+    if name is not None:
+        resolve(name)  # a mistyped name is answered with the nearest, not with an absence of runs
+    if output is None:
+        states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
+        runs = [Run(state.parent.parent) for state in states]
+        runs = [run for run in runs if name is None or run.recipe().name == name]
+        if not runs:
+            raise BadInput(f"there is no run{f' of {name}' if name else ''} in runs/; say which with --output RUN.")
+        output = runs[-1].path
+    run = Run.open(output)
+    resolved = run.recipe()
+    if name is not None and resolved.name != name:
+        raise BadInput(f"{run.path} is a run of {resolved.name}, not of {name}.")
+    for setting, value in settings.items():
+        was = getattr(resolved.recipe, setting, None)
+        # Where the images and the processor are may change between two stretches; what is computed may not.
+        if setting not in ("data", "device") and was != value:
+            raise BadInput(
+                f"{run.path} was started with {setting} = {was}, and a resumed run keeps its settings; "
+                f"leave --{setting.replace('_', '-')} out, or train anew."
+            )
+    return run, resolved
+
+
+def check_images(run: Run, then: Progress, now: str) -> None:
+    """Compare the images that a run was started with to those that are there.
+
+    Raises:
+        BadInput: they are not the same, so that the run would end as neither had.
+    """
+    if then.images != now:
+        raise BadInput(
+            f"the images are not those that {run.path} was started with: some were added, removed, renamed or given "
+            f"another class. Restore them, say with --data where they are, or train anew."
+        )
+
+
+def compare_launches(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what has changed since a run's last stretch, if it may change the last bits of sums."""
+    for what in ("cpu", "gpu", "threads", "torch", "vitrail"):
+        if before.get(what) != now.get(what):
+            say(
+                f"{what} is {now.get(what)}, and was {before.get(what)}: "
+                f"the run goes on, but may not end with the bits that it would have had."
+            )
