@@ -197,57 +197,6 @@ def _write_index(source: Source, sizes: NDArray[np.int32], path: Path) -> dict[s
     return {"name": source.name, "classes": source.classes, "splits": splits, "index": zlib.crc32(content)}
 
 
-@dataclass(frozen=True)
-class _Decoder:
-    """What every worker needs."""
-
-    storage: Storage
-    image_size: int
-    path: Path
-    queue: Queue
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """What a worker says of the images that it decoded: their heights and widths; which cannot be read, and why; how
-    many bytes it wrote."""
-
-    sizes: list[tuple[int, int]]
-    problems: list[tuple[str, str]]
-    length: int
-    crc32: int
-
-
-def _decode(decoder: _Decoder, task: tuple[int, list[str]]) -> _Decoded:
-    """In a worker: decode some images, and write them to their place in the file."""
-    place, names = task
-    images: list[NDArray[np.uint8]] = []
-    problems = []
-    try:
-        for name in names:
-            try:
-                images.append(to_pixels(parse_image(read_file(decoder.storage, name)), decoder.image_size))
-            except Unreadable as error:
-                problems.append((name, str(error)))
-    finally:
-        begin = decoder.queue.take(place, sum(image.nbytes for image in images))
-    content = b"".join(image.data for image in images)
-    with decoder.path.open("r+b") as file:
-        file.seek(begin)
-        file.write(content)
-    return _Decoded([image.shape[:2] for image in images], problems, len(content), zlib.crc32(content))
-
-
-def _unreadable_images(source: Source, problems: list[tuple[str, str]]) -> str:
-    listed = "; ".join(f"{name.removeprefix(source.prefix)} ({why})" for name, why in problems[:5])
-    count = f"{len(problems):,} images" if len(problems) > 1 else "an image"
-    more = "; …" if len(problems) > 5 else ""
-    return (
-        f"{source.name} has {count} that cannot be read: {listed}{more}. "
-        "Mend or remove what `vitrail data` lists, and start again."
-    )
-
-
 def _move(work: Path, entry: Path) -> None:
     """Puts a complete cache in its place, in one step."""
     try:

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from vitrail.archives import SUFFIXES, Storage, cache_root, open_storage
 from vitrail.download import TINY_IMAGENET, fetch
 from vitrail.errors import BadInput
-from vitrail.layouts import read_layout, readable_names
+from vitrail.layouts import Layout, read_layout, readable_names
 from vitrail.recipes import nearest
 
 BUILT_IN = ("digits", "tiny-imagenet")
@@ -50,27 +50,21 @@ class Entry:
 class Source:
     """A data set as it is stored.
 
-    `splits` has `train` and one or two of `val` and `test`, each sorted by label and name. `classes` are shown to
-    people, and in the order of the folders' names. `fingerprint` changes with the contents.
+    `splits` has some of `train`, `val` and `test`, each sorted by label and name. `classes` are shown to people, and
+    in the order of `folders`, which are theirs. `fingerprint` changes with the contents. `divided`: it came without a
+    split to be judged by, and was given one. `flaw`: why nothing can be trained on it, to be put behind its name;
+    empty where it can.
     """
 
     name: str
     classes: tuple[str, ...]
+    folders: tuple[str, ...]
     splits: dict[str, tuple[Entry, ...]]
     fingerprint: str
     storage: Storage
     prefix: str
-
-    def image(self, name: str) -> Image.Image:
-        """One image, decoded, in the size and mode that it is stored in.
-
-        Raises:
-            Unreadable: the file is no image, is damaged, or cannot be read. The message names it.
-        """
-        with _unreadable(name):
-            image = Image.open(io.BytesIO(self.storage.read(self.prefix + name)))
-            image.load()
-            return image
+    divided: bool
+    flaw: str
 
 
 def locate(data: str) -> tuple[str, Storage]:
@@ -94,38 +88,42 @@ def locate(data: str) -> tuple[str, Storage]:
     return name[: len(name) - len(suffix)] or data, open_storage(path)
 
 
-def open_source(data: str) -> Source:
-    """The data set that `data` names: `digits`, `tiny-imagenet`, a folder, or an archive.
+def read_source(data: str, name: str, storage: Storage) -> Source:
+    """The data set that `locate` has found. `data` is what messages call it.
 
     Raises:
-        BadInput: there is no such data set, or nothing can be trained and judged on it.
+        BadInput: it has no images, or they lie as those of no data set do.
     """
-    return read_source(data, *locate(data))
-
-
-def read_source(data: str, name: str, storage: Storage) -> Source:
-    """`open_source`, of what `locate` has found."""
     layout = read_layout(storage, data)
-    folders = [folder for folder, images in sorted(layout.splits["train"].items()) if images]
-    if len(folders) < 2:
-        some = "one class" if folders else "no class"
-        raise BadInput(f"{data} has {some} with images to train on; it takes two or more.")
-    label_of = {folder: label for label, folder in enumerate(folders)}
+    folders = sorted({folder for tree in layout.splits.values() for folder, images in tree.items() if images})
     splits = {}
     for split, tree in layout.splits.items():
-        unknown = [folder for folder, images in sorted(tree.items()) if images and folder not in label_of]
-        if unknown:
-            raise BadInput(
-                f"{data} has images of {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''} in {split}, "
-                "but none to train on; add some, or take that folder away."
-            )
-        entries = [Entry(image, label_of[folder]) for folder in label_of for image in tree.get(folder, [])]
+        entries = [Entry(image, label) for label, folder in enumerate(folders) for image in tree.get(folder, [])]
         if entries:
             splits[split] = tuple(entries)
-    if len(splits) < 2:
-        raise BadInput(f"{data} has one image a class; it takes two or more, to train on some and test on others.")
     classes = readable_names(storage, layout.prefix, folders)
-    return Source(name, classes, splits, storage.fingerprint(), storage, layout.prefix)
+    return Source(
+        name, classes, tuple(folders), splits, storage.fingerprint(), storage, layout.prefix, layout.divided,
+        _flaw(layout),
+    )  # fmt: skip
+
+
+def _flaw(layout: Layout) -> str:
+    """Why nothing can be trained and judged on a data set: what follows its name in the sentence that says so."""
+    having = {split: {folder for folder, some in tree.items() if some} for split, tree in layout.splits.items()}
+    trained = having.pop("train", set())
+    judged = sorted(split for split, folders in having.items() if folders)
+    if not trained:
+        return f"has images in {' and '.join(judged)}, but none to train on; those go to train/CLASS/."
+    if len(trained) < 2:
+        return "has one class with images to train on; it takes two or more."
+    for split in judged:
+        if unknown := sorted(having[split] - trained):
+            some = f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
+            return f"has images of {some} in {split}, but none to train on; add some, or take that folder away."
+    if not judged:
+        return "has one image a class; it takes two or more, to train on some and test on others."
+    return ""
 
 
 class Digits:

@@ -22,8 +22,9 @@ Tree = dict[str, list[str]]  # class folder → its images
 
 @dataclass
 class Layout:
-    """`splits`: split → class folder → names of its images, below `prefix`, the folders that wrap everything.
-    `left_out`: files that are not taken. A class without images has an empty list. Nothing is judged yet."""
+    """`splits`: split → class folder → names of its images, below `prefix`, the folders that wrap everything; there
+    may be no `train`. `left_out`: files that are not taken. A class without images has an empty list. Nothing is
+    judged yet."""
 
     prefix: str
     splits: dict[str, Tree]
@@ -39,8 +40,8 @@ def is_image(name: str) -> bool:
 def read_layout(storage: Storage, data: str) -> Layout:
     """Finds the splits, `train/CLASS/**` with `val|valid|validation` or `test`; Tiny ImageNet's, whose validation
     images lie in one folder, with their classes in `val_annotations.txt`; or the classes, `CLASS/**` alone.
-    In the last case, and where there is a `train` alone, a fifth of each class becomes `test`. `data` is what messages
-    call it.
+    In the last case, and where there is a `train` alone, a fifth of each class becomes `test`. There may be only
+    `val` and `test`, to be evaluated on. `data` is what messages call it.
 
     Raises:
         BadInput: it is none of these; there are no images; the annotations lack one.
@@ -124,10 +125,11 @@ def _split_folders(names: Sequence[str], data: str) -> dict[str, str]:
     train = folders.get("train")
     if train and any(name.startswith(f"{train}/") and name.count("/") > 1 and is_image(name) for name in names):
         return folders
-    if folders and set(folders.values()) == top:
-        wrong = f"{train}/ has images, but no folders of classes" if train else "there is no train/"
-        raise BadInput(f"{data} has {', '.join(f'{f}/' for f in sorted(top))}, but {wrong}; images go to train/CLASS/.")
-    return {}
+    if set(folders.values()) != top:
+        return {}
+    if train:
+        raise BadInput(f"{data} has images right in {train}/; put those of each class into a folder of its own there.")
+    return folders
 
 
 def _read_splits(storage: Storage, data: str, prefix: str, names: Sequence[str], folders: dict[str, str]) -> Layout:
@@ -139,7 +141,9 @@ def _read_splits(storage: Storage, data: str, prefix: str, names: Sequence[str],
             within[folder].append(name)
         elif not name.endswith("/"):
             layout.left_out.append(name)
-    layout.splits["train"] = _classes(within[folders["train"]], f"{folders['train']}/", layout.left_out)
+    train: Tree = {}
+    if "train" in folders:
+        train = layout.splits["train"] = _classes(within[folders["train"]], f"{folders['train']}/", layout.left_out)
     annotated = False
     if "val" in folders:
         folder, inside = folders["val"], within[folders["val"]]
@@ -147,7 +151,7 @@ def _read_splits(storage: Storage, data: str, prefix: str, names: Sequence[str],
         annotated = f"{folder}/{ANNOTATIONS}" in inside
         if loose and annotated:
             lines = storage.read(f"{prefix}{folder}/{ANNOTATIONS}").decode("utf-8", "replace").splitlines()
-            layout.splits["val"] = _annotated(loose, lines, layout.splits["train"])
+            layout.splits["val"] = _annotated(loose, lines, train)
             inside = sorted(set(inside) - set(loose) - {f"{folder}/images/"})
         elif loose and all(name.count("/") == 1 for name in loose):
             raise BadInput(
@@ -159,7 +163,7 @@ def _read_splits(storage: Storage, data: str, prefix: str, names: Sequence[str],
             tree[name] = sorted(tree.get(name, []) + images)
     if "test" in folders:
         tree = _classes(within[folders["test"]], f"{folders['test']}/", layout.left_out)
-        if annotated and not set(tree) & set(layout.splits["train"]):
+        if annotated and not set(tree) & set(train):
             layout.left_out += [name for images in tree.values() for name in images]  # Tiny ImageNet's has no labels
         else:
             layout.splits["test"] = tree

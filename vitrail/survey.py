@@ -177,17 +177,17 @@ def _problems(layout: Layout, images: Sequence[_Image]) -> Iterator[Problem]:
 
 
 def _class_problems(layout: Layout) -> Iterator[Problem]:
-    trained = {folder for folder, images in layout.splits["train"].items() if images}
-    if len(trained) < 2:
-        yield Problem(
-            "one class", f"{'one class' if trained else 'no class'} with images; it takes two or more to train", ()
-        )
+    trained = {folder for folder, images in layout.splits.get("train", {}).items() if images}
+    if not trained:
+        yield Problem("no train", "no images in train/CLASS/: it can be evaluated on, but nothing can be trained", ())
+    elif len(trained) < 2:
+        yield Problem("one class", "one class with images; it takes two or more to train", ())
     for split, tree in layout.splits.items():
         if split != "train" and layout.divided:
             continue  # what it lacks is of our making: a class of one image
         having = {folder for folder, images in tree.items() if images}
         yield from _some("empty", f"classes without images in {split}", sorted(tree.keys() - having))
-        if split != "train":
+        if split != "train" and trained:
             yield from _some("untrained", f"classes in {split}, but not in train", sorted(having - trained))
             yield from _some("untested", f"classes in train, but not in {split}", sorted(trained - having))
 
@@ -205,7 +205,8 @@ def _same(group: Sequence[_Image]) -> str:
 def show(inspection: Inspection, console: Console) -> None:
     """Prints what was found, for people."""
     total = sum(split.images for split in inspection.splits.values())
-    console.print(Text(f"{inspection.name}: {total:,} images of {len(inspection.classes):,} classes", style="bold"))
+    classes = "1 class" if len(inspection.classes) == 1 else f"{len(inspection.classes):,} classes"
+    console.print(Text(f"{inspection.name}: {total:,} image{'s' * (total > 1)} of {classes}", style="bold"))
     console.print(Text(f"classes  {_first(inspection.classes, ', ')}"))
     console.print(Text(f"sizes    {_shares(inspection.sizes)}; sides of {inspection.smallest} to {inspection.largest}"))
     console.print(Text(f"modes    {_shares(inspection.modes)}"))
