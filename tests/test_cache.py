@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from vitrail import workers
-from vitrail.cache import Dataset, Images, load
+from vitrail.cache import Dataset, Images, load, load_for_evaluation
 from vitrail.errors import BadInput
-from vitrail.images import open_source, to_pixels
+from vitrail.images import open_image, to_pixels
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +58,17 @@ def same(one: Dataset, other: Dataset) -> bool:
 @pytest.mark.parametrize("patience", [0.0, 60.0], ids=["on all cores", "in this process"])
 def test_what_is_loaded_is_what_the_files_say(patience: float, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "PATIENCE", patience)
-    monkeypatch.setattr("vitrail.cache.TASK", 16 * 16 * 3 * 4)  # tasks of four images
-    source, dataset = open_source(str(photos)), load(str(photos), 16)
+    monkeypatch.setattr("vitrail.decoding.TASK", 16 * 16 * 3 * 4)  # tasks of four images
+    dataset = load(str(photos), 16)
     assert (dataset.name, dataset.classes, dataset.evaluation) == ("photos", ("ant", "bee", "cat"), "test")
     assert list(dataset.splits) == ["train", "test"]
     for split, images in dataset.splits.items():
-        assert images.names == tuple(e.name for e in source.splits[split])
-        assert images.labels.tolist() == [e.label for e in source.splits[split]]
+        assert [name.split("/")[0] for name in images.names] == [dataset.classes[label] for label in images.labels]
+        assert list(images.names) == sorted(images.names)
+        assert len(images) == {"train": 24, "test": 6}[split]
         end = 0
         for i, name in enumerate(images.names):
-            expected = to_pixels(source.image(name), 16)
+            expected = to_pixels(open_image(photos / name), 16)
             assert (images.image(i) == expected).all()
             assert images.offsets[i] == end
             end += expected.size
@@ -157,7 +158,7 @@ def test_where_there_is_no_room_nothing_is_left(
     patience: float, photos: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "PATIENCE", patience)
-    monkeypatch.setattr("vitrail.cache.TASK", 32 * 32 * 3 * 4)
+    monkeypatch.setattr("vitrail.decoding.TASK", 32 * 32 * 3 * 4)
     with pytest.raises(OSError, match="File too large"):
         load(str(photos), 32)
     assert not list(root.iterdir())
@@ -178,6 +179,115 @@ def test_the_slice_held_out_is_of_train_and_always_the_same(photos: Path) -> Non
     assert load(str(photos), 16, holdout=0.25).splits["holdout"].names == held.names
 
 
+# Data that a model is only measured on
+
+
+def colour(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (value, value, value)).save(path)
+
+
+def assert_true_to(folder: Path, images: Images, classes: tuple[str, ...]) -> None:
+    """Labels and pixels are those of the files that the names say."""
+    for i, name in enumerate(images.names):
+        assert classes[images.labels[i]] in Path(name).parts
+        assert (images.image(i) == to_pixels(open_image(folder / name), 16)).all()
+
+
+def test_undivided_images_are_scored_whole_from_the_same_cache(photos: Path, root: Path) -> None:
+    load(str(photos), 16)
+    written = (entry(root) / "pixels.bin").stat().st_mtime_ns
+    classes = ("zebra", "cat", "bee", "ant")
+    name, split, images = load_for_evaluation(str(photos), 16, classes)
+    assert (name, split, len(images), len(set(images.names))) == ("photos", "all", 30, 30)
+    assert sorted(images.labels.tolist()) == [1] * 10 + [2] * 10 + [3] * 10
+    assert_true_to(photos, images, classes)
+    assert (entry(root) / "pixels.bin").stat().st_mtime_ns == written
+    photos.rename(photos.parent / "inside")
+    photos.mkdir()
+    (photos.parent / "inside").rename(photos / "train")  # a train/ alone is undivided, too
+    assert load_for_evaluation(str(photos), 16, classes)[1] == "all"
+
+
+def test_its_own_data_set_is_divided_as_in_training_wherever_it_lies(photos: Path) -> None:
+    whole, tuning = load(str(photos), 16), load(str(photos), 16, holdout=0.25)
+    moved = str(photos.rename(photos.parent / "moved"))
+    assert load(moved, 16).digest() == whole.digest() != tuning.digest()
+    _, split, images = load_for_evaluation(moved, 16, whole.classes, own=whole.digest())
+    assert (split, images.names) == ("test", whole.splits["test"].names)
+    _, split, images = load_for_evaluation(moved, 16, whole.classes, own=tuning.digest(), holdout=0.25)
+    assert (split, images.names) == ("holdout", tuning.splits["holdout"].names)
+    (Path(moved) / "ant" / "0.png").rename(Path(moved) / "ant" / "new.png")
+    assert load_for_evaluation(moved, 16, whole.classes, own=whole.digest())[1] == "all"
+
+
+def test_the_built_in_division_of_digits_applies() -> None:
+    dataset = load("digits", 8)
+    name, split, images = load_for_evaluation("digits", 8, dataset.classes)
+    assert (name, split, images.names) == ("digits", "test", dataset.splits["test"].names)
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "count"),
+    [
+        (["train/ant/1.png", "train/bee/2.png", "val/bee/3.png", "test/ant/4.png", "test/ant/5.png"], "val", 1),
+        (["train/ant/1.png", "train/bee/2.png", "test/ant/4.png", "test/bee/5.png"], "test", 2),
+        (["train/ant/1.png", "train/unheard-of/2.png", "test/ant/4.png"], "test", 1),
+        (["val/ant/1.png", "test/bee/2.png"], "val", 1),
+        (["val/ant/1.png", "val/bee/2.png"], "all", 2),
+        (["test/ant/1.png"], "all", 1),
+        (["ant/1.png"], "all", 1),
+        (["ant/1.png", "ant/2.png", "ant/3.png"], "all", 3),
+        (["ant/1.png", "bee/2.png", "cat/"], "all", 2),
+    ],
+)
+def test_what_nothing_could_be_trained_on_can_be_measured_on(
+    files: list[str], split: str, count: int, tmp_path: Path
+) -> None:
+    for value, file in enumerate(files):
+        if file.endswith("/"):
+            (tmp_path / "new" / file).mkdir()
+        else:
+            colour(tmp_path / "new" / file, 10 * value)
+    for _ in range(2):  # built, and from the cache
+        name, found, images = load_for_evaluation(str(tmp_path / "new"), 16, ("cat", "bee", "ant"))
+        assert (name, found, len(images)) == ("new", split, count)
+        wrapped = tmp_path / "new" / files[0].split("/")[0]
+        assert_true_to(tmp_path / "new" if (tmp_path / "new" / images.names[0]).exists() else wrapped, images,
+                       ("cat", "bee", "ant"))  # fmt: skip
+
+
+def test_what_was_cached_to_measure_on_is_still_nothing_to_train_on(tmp_path: Path) -> None:
+    for files, why in (
+        (("ant/1.png", "ant/2.png"), "has one class"),
+        (("ant/1.png", "bee/1.png"), "has one image a class"),
+        (("val/ant/1.png", "test/ant/1.png"), "none to train on"),
+        (("train/ant/1.png", "train/bee/1.png", "val/cat/1.png"), "has images of cat in val"),
+    ):
+        folder = tmp_path / why
+        for value, file in enumerate(files):
+            colour(folder / file, 10 * value)
+        for _ in range(2):
+            with pytest.raises(BadInput, match=f"{why}.*"):
+                load(str(folder), 16)
+            load_for_evaluation(str(folder), 16, ("ant", "bee", "cat"))
+
+
+def test_a_class_that_the_model_lacks_is_named(photos: Path) -> None:
+    with pytest.raises(BadInput, match="photos has images of bee, cat, which are none of the 2 classes"):
+        load_for_evaluation(str(photos), 16, ("ant", "dog"))
+
+
+def test_classes_go_by_their_words_or_their_folders(tmp_path: Path) -> None:
+    for value, file in enumerate(("n2/1.png", "n3/2.png")):
+        colour(tmp_path / "new" / file, 10 * value)
+    plain = load_for_evaluation(str(tmp_path / "new"), 16, ("n1", "n2", "n3"))[2]
+    (tmp_path / "new" / "words.txt").write_text("n2\tcrane, bird\nn3\tbee\n")
+    for classes in (("n1", "n2", "n3"), ("ant", "crane", "bee"), ("crane (n1)", "crane (n2)", "bee")):
+        images = load_for_evaluation(str(tmp_path / "new"), 16, classes)[2]
+        assert (images.names, images.labels.tolist()) == (plain.names, [1, 2])
+
+
 def test_a_pack_is_read_like_a_split() -> None:
     some = [np.full((2, 3, 3), 7, np.uint8), np.full((4, 2, 3), 9, np.uint8)]
     images = Images.pack(some, names=("a", "b"))
@@ -188,8 +298,8 @@ def test_a_pack_is_read_like_a_split() -> None:
 
 SCRIPT = """
 import hashlib, sys
-from vitrail import cache, workers
-workers.PATIENCE, cache.TASK = 0.0, 16 * 16 * 3 * 2
+from vitrail import cache, decoding, workers
+workers.PATIENCE, decoding.TASK = 0.0, 16 * 16 * 3 * 2
 print("once", flush=True)
 dataset = cache.load(sys.argv[1], 16)
 print(hashlib.sha256(b"".join(images.pixels.tobytes() for images in dataset.splits.values())).hexdigest())
@@ -258,5 +368,5 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait(monkeypatch: pytest.Monke
     assert list(workers.work_through(end, "well", range(20))) == list(range(20))
     with pytest.raises(ValueError, match="task 2"):
         list(workers.work_through(end, "raises", range(20)))
-    with pytest.raises(RuntimeError, match="ended from outside"):
+    with pytest.raises(ChildProcessError, match=r"ended from outside\..*memory"):
         list(workers.work_through(end, "killed", range(20)))

@@ -1,8 +1,14 @@
-"""The command line as it is typed: help, mistyped words, exit statuses. Training itself is tested elsewhere."""
+"""The command line as it is typed: help, mistyped words, exit statuses, and what each command says of a real run.
+Training itself is tested elsewhere."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from PIL import Image
 
 import vitrail
 from vitrail.arguments import Parser
@@ -76,6 +83,27 @@ def test_help_shows_every_setting_with_the_value_of_the_recipe(capsys: pytest.Ca
     for setting in dataclasses.fields(Recipe):
         assert f"--{setting.name.replace('_', '-')}" in text
         assert setting.metadata["help"] in text
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        (["--data", "digits", "vit-12"], "vit-12"),
+        (["--resume", "--flip", "vit-12", "--output", "digits"], "vit-12"),
+        (["--data=vit-12"], "digits"),
+        (["--output", "vit-12"], "digits"),
+        (["vit-12", "--epochs", "many"], "vit-12"),
+        (["--", "vit-12"], "vit-12"),
+        (["vit-13"], "digits"),
+    ],
+)
+def test_help_is_of_the_recipe_and_not_of_another_word(
+    words: list[str], recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *words, "-h"]) == 0
+    out = capsys.readouterr().out
+    assert f"(in brackets: what {recipe} has)" in out
+    assert f"passes over the training images ({RECIPES[recipe].epochs})" in " ".join(out.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +222,9 @@ def test_a_folder_that_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: P
         (OSError(28, "no space left for the cache in /c; make room there"), 1, "in /c; make room there."),
         (OSError("could not write x: No space left on device"), 1, "could not write x: No space left on device."),
         (PermissionError(13, "Permission denied", "runs"), 1, "permission denied for runs."),
+        (ChildProcessError("a process was ended; make memory free."), 1, "a process was ended; make memory free."),
+        (MemoryError(), 1, "memory is full. In training, a smaller --batch-size"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)"), 1, "memory is full."),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -207,6 +238,23 @@ def test_statuses(
     assert err.startswith("vitrail: ")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_torch_out_of_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def ask(args: Namespace) -> str:
+        return str(torch.empty(1 << 60, dtype=torch.uint8).shape)
+
+    monkeypatch.setitem(COMMANDS, "recipes", dataclasses.replace(COMMANDS["recipes"], do=ask))
+    assert main(["recipes"]) == 1
+    assert capsys.readouterr().err.startswith("vitrail: memory is full. ")
+
+
+def test_windows_is_told_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["recipes"]) == 1
+    assert "not on Windows" in capsys.readouterr().err
 
 
 def test_a_mistake_of_our_own_shows_its_traceback(
@@ -256,6 +304,134 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_recipes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {name: dataclasses.asdict(r) for name, r in RECIPES.items()}
+
+
+# Commands on real runs: of the digits, and of a folder that is trained on under a relative name
+
+TINY = (
+    "--image-size=16", "--patch-size=8", "--hidden-size=16", "--mlp-dim=32", "--num-heads=2", "--num-layers=1",
+    "--device=cpu",
+)  # fmt: skip
+
+
+def typed(*words: object) -> str:
+    """What a command that succeeds prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([str(word) for word in words]) == 0
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where training was started: has `photos`, `runs/digits`, `runs/my photos`, and what training them said."""
+    place = tmp_path_factory.mktemp("place")
+    for label, colour in (("green", (0, 200, 0)), ("red", (200, 0, 0))):
+        (place / "photos" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (20, 20 + i), colour).save(place / "photos" / label / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        (place / "digits.txt").write_text(typed("train", "--epochs=1", "--batch-size=128", *TINY))
+        photos = ("--data=photos", "--epochs=2", "--batch-size=4", "--stop-after=1", "--output=runs/my photos")
+        (place / "photos.txt").write_text(typed("train", "vit-12", *photos, *TINY))
+    return place
+
+
+def test_train_says_how_well_it_went_and_where_to_look(place: Path) -> None:
+    results = json.loads((place / "runs" / "digits" / "results.json").read_text())
+    figures, training, empty, *then = (place / "digits.txt").read_text().splitlines()
+    assert figures.startswith(f"top-1 {results['top1']:.3f}, top-5 {results['top5']:.3f}, loss {results['loss']:.3f}, ")
+    assert figures.endswith(" on 359 images (digits, test)")
+    assert re.fullmatch(r"1 epoch in \d+\.\d s of training, [\d,]+ images/s \(cpu, fp32\)", training)
+    assert [empty, *then] == [
+        "",
+        "look at  runs/digits/report.html",
+        "then     vitrail evaluate runs/digits",
+        "         vitrail predict runs/digits IMAGE",
+    ]
+
+
+def test_train_says_how_to_go_on_with_what_was_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (place / "photos.txt").read_text().splitlines()
+    assert lines[1].startswith("1 of 2 epochs in ")
+    assert lines[-1] == "         vitrail train --resume --output 'runs/my photos'"
+    copy = shutil.copytree(place, place.parent / "copy")
+    monkeypatch.chdir(copy)
+    text = typed(*shlex.split(lines[-1])[1:])  # the recipe need not be named again
+    assert text.splitlines()[1].startswith("2 epochs in ")
+    assert "--resume" not in text
+
+
+def test_evaluate(place: Path) -> None:
+    found = json.loads(typed("evaluate", place / "runs" / "digits", "--json"))
+    results = json.loads((place / "runs" / "digits" / "results.json").read_text())
+    assert found["per_class"] == results["per_class"]
+    for figure in ("count", "top1", "top5", "loss", "calibration_error"):
+        assert found[figure] == pytest.approx(results[figure])
+    headline, empty, headings, *rows = typed("evaluate", place / "runs" / "digits").splitlines()
+    assert f"top-1 {found['top1']:.3f}" in headline
+    assert (empty, headings.split()) == ("", ["classes,", "worst", "first", "images", "top-1"])
+    of = {row["name"]: (f"{row['count']}", f"{row['top1']:.3f}") for row in found["per_class"]}
+    assert {name: (count, top1) for name, count, top1 in map(str.split, rows)} == of
+    shares = [float(row.split()[2]) for row in rows]
+    assert shares == sorted(shares)
+
+
+def test_predict(place: Path) -> None:
+    files = [place / "photos" / label / "0.png" for label in ("red", "green")]
+    answers = json.loads(typed("predict", place / "runs" / "digits", *files, "--json"))
+    assert [answer["image"] for answer in answers] == list(map(str, files))
+    for answer in answers:
+        shares = [guess["probability"] for guess in answer["predictions"]]
+        assert len(shares) == 5
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 1
+    headings, *rows = [
+        line.split() for line in typed("predict", place / "runs" / "digits", *files, "--top=2").splitlines()
+    ]
+    assert headings == ["image", "class", "probability"]
+    expected = []
+    for answer in answers:
+        first, second = ([guess["class"], f"{guess['probability']:.3f}"] for guess in answer["predictions"][:2])
+        expected += [[answer["image"], *first], second]
+    assert rows == expected
+
+
+def test_report(place: Path) -> None:
+    page = place / "runs" / "digits" / "report.html"
+    page.unlink()
+    assert typed("report", place / "runs" / "digits") == f"{page}\n"
+    assert "<img" in page.read_text()
+
+
+def test_where_the_data_set_is_gone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, page = place / "runs" / "my photos", place / "runs" / "my photos" / "report.html"
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        f"vitrail: {run} was trained on photos, a path from the folder in which that was started; there is no such "
+        "thing in this one. Say with --data D where the images are now.\n"
+    )
+    assert typed("report", run) == f"{page}\n"
+    assert capsys.readouterr().err == f"vitrail: the page will be without pictures: {err.removeprefix('vitrail: ')}"
+    assert "written without the data set" in page.read_text()
+    assert typed("report", run, "--data", place / "photos") == f"{page}\n"
+    assert "<img" in page.read_text()
+    assert "on 2 images (photos, test)" in typed("evaluate", run, "--data", place / "photos")
+    assert main(["report", str(run), "--data", "nowhere"]) == 2
+    monkeypatch.chdir(place)
+    assert "on 2 images (photos, test)" in typed("evaluate", run)
+
+
+def test_data(place: Path) -> None:
+    lines = typed("data", place / "photos").splitlines()
+    assert lines[0] == "photos: 12 images of 2 classes"
+    assert ["test", "2", "2", "1", "1", "1"] in [line.split() for line in lines]
+    found = json.loads(typed("data", place / "photos", "--json"))
+    assert (found["name"], found["classes"], found["splits"]["train"]["images"]) == ("photos", ["green", "red"], 10)
 
 
 # The Python names

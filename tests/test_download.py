@@ -20,7 +20,7 @@ from PIL import Image
 from vitrail import images
 from vitrail.download import TINY_IMAGENET, Remote, fetch
 from vitrail.errors import BadInput
-from vitrail.images import open_source
+from vitrail.images import locate, read_source
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 QUICK = (0.01, 0.01, 0.01)  # pauses
@@ -266,7 +266,7 @@ def test_tiny_imagenet_is_downloaded_to_the_cache(
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(images, "TINY_IMAGENET", server.remote)
     for _ in range(2):
-        source = open_source("tiny-imagenet")
+        source = read_source("tiny-imagenet", *locate("tiny-imagenet"))
         assert (source.name, source.classes) == ("tiny-imagenet", ("ant", "bee"))
         assert [(entry.name, entry.label) for entry in source.splits["val"]] == [("val/images/val_0.JPEG", 1)]
     assert len(server.asked) == 1

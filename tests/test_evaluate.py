@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from vitrail.batches import Pixels
 from vitrail.cache import Images
-from vitrail.evaluate import Predictions, calibration_error, figures, predict_split
+from vitrail.evaluate import Predictions, calibration, calibration_error, figures, predict_split
 
 CLASSES = tuple("abcdefg")
 
@@ -68,3 +68,17 @@ def test_calibration_error_is_the_gap_weighted_by_images() -> None:
     expected = (3 * abs(0.65 - 2 / 3) + 1 * abs(1 - 0)) / 4
     assert calibration_error(confidence, right) == pytest.approx(expected, rel=1e-5)
     assert calibration_error(np.ones(5, np.float32), np.ones(5, bool)) == 0
+
+
+def test_calibration_bins_are_those_of_the_definition() -> None:
+    generator = np.random.default_rng(1)
+    confidence = np.append(generator.uniform(0.1, 1, 500), [1.0, 1 / 15, 0.2]).astype(np.float32)
+    right = generator.random(len(confidence)) < confidence**2
+    bins = calibration(confidence, right)
+    assert sum(b.count for b in bins) == len(confidence)
+    exact = confidence.astype(float)
+    for b in bins:
+        inside = (exact > b.index / 15) & (exact <= (b.index + 1) / 15)
+        assert b.confidence == pytest.approx(exact[inside].mean())
+    error = sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / len(confidence)
+    assert error == pytest.approx(calibration_error(confidence, right), abs=1e-7)

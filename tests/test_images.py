@@ -20,8 +20,19 @@ import pytest
 from PIL import Image, ImageOps
 
 from vitrail import archives
+from vitrail.cache import load
 from vitrail.errors import BadInput
-from vitrail.images import Source, Unreadable, open_image, open_source, parse_image, to_pixels, to_rgb
+from vitrail.images import (
+    Source,
+    Unreadable,
+    locate,
+    open_image,
+    parse_image,
+    read_file,
+    read_source,
+    to_pixels,
+    to_rgb,
+)
 from vitrail.layouts import hold_out
 
 
@@ -50,6 +61,14 @@ def write(folder: Path, *names: str) -> Path:
         else:
             path.write_text("words")
     return folder
+
+
+def open_source(data: str) -> Source:
+    return read_source(data, *locate(data))
+
+
+def image_of(source: Source, name: str) -> Image.Image:
+    return parse_image(read_file(source.storage, source.prefix + name))
 
 
 def names(source: Source, split: str) -> list[tuple[str, int]]:
@@ -83,9 +102,9 @@ def test_the_same_images_from_any_storage(kind: str, tmp_path: Path, cache: Path
     assert names(source, "val") == [("val/ant/4.png", 0), ("val/bee/5.png", 1)]
     assert list(source.splits) == ["train", "val"]
     for entry in source.splits["train"]:
-        assert source.image(entry.name).getpixel((0, 0)) == colour(entry.name)
+        assert image_of(source, entry.name).getpixel((0, 0)) == colour(entry.name)
     other = pickle.loads(pickle.dumps(source))  # noqa: S301  # as for a worker process
-    assert other.image("val/bee/5.png").getpixel((0, 0)) == colour("val/bee/5.png")
+    assert image_of(other, "val/bee/5.png").getpixel((0, 0)) == colour("val/bee/5.png")
     del source, other
     gc.collect()
     assert not list(cache.glob("*"))  # nothing decompressed is left
@@ -193,8 +212,8 @@ def test_val_without_its_annotations_is_never_a_class(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"does not say the class of val/images/val_1\.JPEG"):
         open_source(str(folder))
     annotations.unlink()
-    with pytest.raises(BadInput, match="images in val, but none to train on"):
-        open_source(str(folder))
+    with pytest.raises(BadInput, match="has images of images in val, but none to train on"):
+        load(str(folder), 8)
 
 
 @pytest.mark.parametrize(
@@ -209,16 +228,18 @@ def test_val_without_its_annotations_is_never_a_class(tmp_path: Path) -> None:
         (("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/c/4.png"), "images of c in val, but none to train on"),
         (("train/a/1.png", "train/b/2.png", "val/3.png", "val/4.png"), "right in val/"),
         (("train/a/1.png", "train/b/2.png", "val/a/3.png", "valid/a/3.png"), "val/ as well as valid/"),
-        (("val/a/1.png", "test/a/1.png"), "there is no train/"),
-        (("train/1.png", "test/1.png"), "no folders of classes"),
+        (("val/a/1.png", "test/a/1.png"), r"images in val and test, but none to train on; those go to train/CLASS/\.$"),
+        (("train/a/x.heic", "valid/a/1.png", "1.png", "test/a/1.png"), "images in val and test, but none to train on"),
+        (("train/1.png", "test/1.png"), "right in train/"),
+        (("train/1.png", "train/2.png"), "right in train/"),
     ],
 )  # fmt: skip
 def test_folders_that_are_no_data_set(files: tuple[str, ...], message: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     with pytest.raises(BadInput, match=message) as caught:
-        open_source(str(write(folder, *files)))
-    assert str(folder) in str(caught.value)
+        load(str(write(folder, *files)), 8)
+    assert str(caught.value).startswith(f"{folder} has ")
 
 
 @pytest.mark.parametrize(
@@ -312,8 +333,8 @@ def test_links_within_an_archive_are_followed(tmp_path: Path) -> None:
             link.type, link.linkname = kind, target
             archive.addfile(link)
     source = open_source(str(tmp_path / "data.tar"))
-    assert source.image("a/2.png").getpixel((0, 0)) == (0, 2, 3)
-    assert source.image("b/2.png").getpixel((0, 0)) == (1, 2, 3)
+    assert image_of(source, "a/2.png").getpixel((0, 0)) == (0, 2, 3)
+    assert image_of(source, "b/2.png").getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -324,9 +345,9 @@ def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path: Path) -> No
     (folder / "b" / "3.png").symlink_to(folder / "gone.png")
     source = open_source(str(folder))
     assert source.classes == ("a", "b")
-    assert source.image("a/1.png").getpixel((0, 0)) == colour("1.png")
+    assert image_of(source, "a/1.png").getpixel((0, 0)) == colour("1.png")
     with pytest.raises(Unreadable, match="No such file"):
-        source.image("b/3.png")
+        image_of(source, "b/3.png")
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -344,7 +365,7 @@ def test_digits_are_scikit_learns() -> None:
         assert entry.label == digits.target[index]
     assert seen == set(range(1797))
     entry = source.splits["test"][-1]
-    pixels = to_pixels(source.image(entry.name), 8)
+    pixels = to_pixels(image_of(source, entry.name), 8)
     assert pixels.shape == (8, 8, 3)
     assert (pixels[..., 1] == np.round(digits.images[int(entry.name[2:6])] * 255 / 16)).all()
 
@@ -497,6 +518,18 @@ def test_bad_files_are_named_with_a_reason(content: bytes, message: str, tmp_pat
     assert str(caught.value).startswith(f"{path}: ")
 
 
+class Short(archives.Folder):
+    """A folder on a machine that runs out of memory."""
+
+    def read(self, name: str) -> bytes:
+        raise MemoryError
+
+
+def test_an_image_is_not_to_blame_where_memory_is_short(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        read_file(Short(tmp_path), "1.png")
+
+
 def test_a_truncated_jpeg_is_no_image(tmp_path: Path) -> None:
     noise((64, 64)).save(tmp_path / "half.jpg", quality=95)
     content = (tmp_path / "half.jpg").read_bytes()
@@ -511,9 +544,9 @@ def test_a_member_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypa
             archive.writestr(f"{folder}/1.png", png((1, 2, 3)))
             archive.writestr(f"{folder}/2.png", b"\0" * 100_000)
     source = open_source(str(tmp_path / "data.zip"))
-    assert source.image("a/1.png").size == (8, 8)
+    assert image_of(source, "a/1.png").size == (8, 8)
     with pytest.raises(Unreadable, match="100,000 bytes"):
-        source.image("a/2.png")
+        image_of(source, "a/2.png")
 
 
 def test_a_damaged_zip_member_is_named(tmp_path: Path) -> None:
@@ -525,5 +558,5 @@ def test_a_damaged_zip_member_is_named(tmp_path: Path) -> None:
     path.write_bytes(content.replace(b"IDAT", b"IDxT", 1))
     source = open_source(str(path))
     with pytest.raises(Unreadable, match="Bad CRC"):
-        source.image("a/1.png")
-    assert source.image("a/2.png").getpixel((0, 0)) == colour("a/2.png")
+        image_of(source, "a/1.png")
+    assert image_of(source, "a/2.png").getpixel((0, 0)) == colour("a/2.png")

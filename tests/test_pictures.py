@@ -59,11 +59,6 @@ def test_thumbnails() -> None:
         (pictures.percent(0.9999), ">99.9%"),
         (pictures.percent(0.996, 0), ">99%"),
         (pictures.percent(0.0001), "<0.1%"),
-        (pictures.duration(0.44), "0.44 s"),
-        (pictures.duration(48.2), "48 s"),
-        (pictures.duration(59.9), "1 min 0 s"),
-        (pictures.duration(725), "12 min 5 s"),
-        (pictures.duration(3600 * 27 + 65), "27 h 1 min"),
     ],
 )
 def test_writing(written: str, text: str) -> None:

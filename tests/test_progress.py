@@ -101,11 +101,11 @@ def test_what_takes_long_leaves_lines(capsys: pytest.CaptureFixture[str], monkey
             display.update(step, 1000, step / 100, 10, 2.0, 0.25, 40.0)
     assert capsys.readouterr().err.splitlines() == [
         "decoding: 40 of 100 images, 4 images/s, 15 s left",
-        "decoding: 80 of 100 images, 4 images/s, 5 s left",
+        "decoding: 80 of 100 images, 4 images/s, 5.0 s left",
         "decoding: 100 images in 25 s",
         "downloading: 5.0 of 10.0 MB, 0.5 MB/s, 11 s left",
         "downloading: 5.0 MB in 11 s",
-        "step 60/1,000 · epoch 0.6/10 · loss 2.000 · accuracy 0.250 · 40 images/s · 16 min left",
+        "step 60/1,000 · epoch 0.6/10 · loss 2.000 · accuracy 0.250 · 40 images/s · 15 min 40 s left",
     ]
 
 
@@ -117,7 +117,11 @@ def test_a_failure_ends_the_bar() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "0 s"), (99, "99 s"), (99.6, "2 min"), (3540, "59 min"), (3599, "1 h 00 min"), (7500, "2 h 05 min")],
-)
+    [
+        (0, "0.0 s"), (0.44, "0.4 s"), (9.94, "9.9 s"), (9.96, "10 s"), (48.2, "48 s"), (59.6, "1 min 00 s"),
+        (119, "1 min 59 s"), (725, "12 min 05 s"), (3599, "59 min 59 s"), (3599.7, "1 h 00 min"), (7500, "2 h 05 min"),
+        (3600 * 1027 + 65, "1,027 h 01 min"),
+    ],
+)  # fmt: skip
 def test_duration(seconds: float, words: str) -> None:
     assert duration(seconds) == words

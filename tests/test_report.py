@@ -20,8 +20,10 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from vitrail import __version__, pictures, report
 from vitrail.cache import Dataset, Images
 from vitrail.errors import BadInput
-from vitrail.evaluate import Predictions, calibration_error, figures
-from vitrail.recipes import resolve
+from vitrail.evaluate import Predictions, figures
+from vitrail.recipes import RECIPES, resolve
+
+EPOCHS = RECIPES["digits"].epochs
 
 # Run folders as training writes them, of real digits or of noise, the predictions made by the nearest class mean.
 
@@ -102,7 +104,7 @@ def finish(run: Path, dataset: Dataset, epochs: int = 3) -> Path:
     found = asdict(figures(predictions, dataset.classes))
     results = {
         "recipe": "digits", "dataset": dataset.name, "split": dataset.evaluation, **found, "parameters": 650,
-        "epochs": float(epochs), "samples_seen": 640 * epochs, "train_seconds": 1.5 * epochs,
+        "epochs": epochs, "samples_seen": 640 * epochs, "train_seconds": 1.5 * epochs,
         "images_per_second": 426.7, "device": "cpu", "precision": "fp32", "seed": 0,
     }  # fmt: skip
     (run / "results.json").write_text(json.dumps(results))
@@ -123,20 +125,6 @@ def test_wilson_as_published(right: int, count: int, low: float, high: float) ->
     # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I, method 3
     assert report.wilson(right, count) == pytest.approx((low, high), abs=5e-5)
     assert report.wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-def test_calibration_is_what_evaluate_sums_up() -> None:
-    generator = np.random.default_rng(1)
-    confidence = np.append(generator.uniform(0.1, 1, 500), [1.0, 1 / 15, 0.2]).astype(np.float32)
-    right = generator.random(len(confidence)) < confidence**2
-    bins = report.calibration(confidence, right)
-    assert sum(b.count for b in bins) == len(confidence)
-    exact = confidence.astype(float)
-    for b in bins:
-        inside = (exact > b.index / 15) & (exact <= (b.index + 1) / 15)
-        assert b.confidence == pytest.approx(exact[inside].mean())
-    error = sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / len(confidence)
-    assert error == pytest.approx(calibration_error(confidence, right), abs=1e-7)
 
 
 def test_confusion_as_scikit_learn_counts() -> None:
@@ -182,7 +170,7 @@ def test_finished_run(tmp_path: Path) -> None:
     right = int((predictions.predicted[:, 0] == predictions.label).sum())
     count, train = len(predictions.label), len(dataset.splits["train"])
     low, high = report.wilson(right, count)
-    assert f"Trained on {train:,} images of 10 classes for 3 of 60 epochs" in page.text
+    assert f"Trained on {train:,} images of 10 classes for 3 of {EPOCHS} epochs" in page.text
     assert f"recognises {right} of {count} test images" in page.text
     assert f"95% interval {low:.1%} to {high:.1%}" in page.text
     assert f"{count - right} of {count} test images are taken for another class" in page.text
@@ -219,7 +207,7 @@ def test_the_wrong_picture_is_not_shown(tmp_path: Path) -> None:
 def test_running(tmp_path: Path) -> None:
     page = Page(report.write_report(begin(tmp_path / "run"), digits()))
     assert_self_contained(page)
-    assert "Not finished: 3 of 60 epochs so far" in page.text
+    assert f"Not finished: 3 of {EPOCHS} epochs so far" in page.text
     assert "73.3% top-1 accuracy on test images after epoch 3" in page.text
     assert page.values("img", "src") == []
     assert len(page.values("div", "data-hover")) == 4
@@ -227,6 +215,22 @@ def test_running(tmp_path: Path) -> None:
     assert hover["title"] == ["epoch 1", "epoch 2", "epoch 3"]
     assert hover["curves"][1] == {"name": "test", "kind": "held", "y": [75.0, 25.0, 8.33],
                                   "text": ["20.0%", "60.0%", "73.3%"]}  # fmt: skip
+
+
+def test_a_run_that_goes_on_after_it_was_done(tmp_path: Path) -> None:
+    run = finish(tmp_path / "run", digits())
+    assert "so far" not in Page(report.write_report(run, digits())).text
+    (run / "results.json").unlink()  # as resuming does
+    for left in (True, False):
+        text = Page(report.write_report(run, None)).text
+        assert f"Not finished: 3 of {EPOCHS} epochs so far, in 4.5 s." in text
+        assert "73.3% top-1 accuracy on evaluation images after epoch 3" in text  # the page is not told which they are
+        for word in ("recognises", "test images", "validation", "Calibration", "Confusion", "mistakes and"):
+            assert (word in text) == (word == "mistakes and")
+        if left:
+            (run / "predictions.safetensors").unlink()
+    tuned = begin(tmp_path / "tuned", holdout=0.2)
+    assert "on held-out images after epoch 3" in Page(report.write_report(tuned, None)).text
 
 
 def test_before_the_first_epoch(tmp_path: Path) -> None:
@@ -254,7 +258,7 @@ def test_two_classes_one_epoch(tmp_path: Path) -> None:
     dataset = digits(2)
     page = Page(report.write_report(finish(tmp_path / "run", dataset, epochs=1), dataset))
     assert_self_contained(page)
-    assert "for 1 of 60 epoch" in page.text
+    assert f"for 1 of {EPOCHS} epoch" in page.text
     assert "Top-5" not in page.text
     assert page.html.count('class="name"') == 2
 

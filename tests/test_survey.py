@@ -92,6 +92,16 @@ def test_a_good_data_set_is_called_so() -> None:
     assert "20% of each class is test" in text
 
 
+def test_without_train_it_can_only_be_measured_on(tmp_path: Path) -> None:
+    put(tmp_path / "val" / "ant" / "0.png", 0)
+    put(tmp_path / "test" / "ant" / "0.png", 1)
+    (tmp_path / "train").mkdir()
+    found = inspect(str(tmp_path))
+    assert [problem.kind for problem in found.problems] == ["no train"]
+    assert list(found.splits) == ["val", "test"]
+    assert "2 images of 1 class\n" in printed(found)
+
+
 def test_one_class_is_a_problem_and_no_image_an_error(tmp_path: Path) -> None:
     put(tmp_path / "one" / "ant" / "0.png", 0)
     assert [problem.kind for problem in inspect(str(tmp_path / "one")).problems] == ["one class"]

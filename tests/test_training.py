@@ -185,7 +185,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(whole: Path, tmp_
     random, steps = np.random.default_rng(), [0]
     process = start("digits", "--output", str(run), "--checkpoint-every", "0.02", *FLAGS)
     for _ in range(3):  # of 68 steps; an epoch is 22 or 23
-        status, _ = end_at(process, run, steps[-1] + random.integers(1, 18), signal.SIGKILL)
+        status, _ = end_at(process, run, steps[-1] + int(random.integers(1, 18)), signal.SIGKILL)
         assert status == -signal.SIGKILL
         steps.append(read_about(run / "last" / "state.safetensors")["step"])
         process = start("--resume", "--output", str(run), "--checkpoint-every", "0.02")
@@ -440,7 +440,8 @@ def test_no_space_left_is_said_and_nothing_is_left_half_written(full_disk: Path)
 
 
 def test_the_default_recipe_reads_digits_in_a_minute(tmp_path: Path) -> None:
-    """What `make train` does, and what the README says of it."""
+    """What `make train` does. The README has 0.98 from three seeds on one processor, of which one had 0.978; another
+    processor rounds otherwise, which is like another seed, and each of the 359 images is 0.003."""
     results = vitrail.train(output=tmp_path / "run").results
     assert results["recipe"] == "digits"
-    assert results["top1"] >= 0.98
+    assert results["top1"] >= 0.97

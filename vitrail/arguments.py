@@ -39,6 +39,19 @@ class Parser(argparse.ArgumentParser):
                 raise BadInput(f"{self.prog} has no flag {flag}{nearest(flag, flags)} `{self.prog} -h` lists them.")
         return self.parse_intermixed_args(argv)
 
+    def first_name(self, argv: Sequence[str]) -> str | None:
+        """The first of the arguments that is neither a flag nor what stands behind one, whatever the others are."""
+        taking = [flag for action in self._actions if action.nargs != 0 for flag in action.option_strings]
+        words = iter(argv)
+        for word in words:
+            if word == "--":
+                return next(words, None)
+            if not word.startswith("-"):
+                return word
+            if word in taking:
+                next(words, None)
+        return None
+
 
 def whole(text: str) -> int:
     """A whole number; 10_000 is one too."""
@@ -83,13 +96,12 @@ def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "none" else parse(text)
 
 
-def add_setting(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], kind: Any, value: Any) -> None:
-    """The flag of one field of `Recipe`, of type `kind`, whose help shows `value`."""
+def add_setting(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], kind: Any) -> argparse.Action:
+    """The flag of one field of `Recipe`, of type `kind`."""
     flag = "--" + setting.name.replace("_", "-")
-    text = f"{setting.metadata['help']} ({shown(value)})".replace("%", "%%")
+    text = setting.metadata["help"].replace("%", "%%")
     if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        return
+        return group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     optional = NoneType in get_args(kind)
     if optional:
         kind = next(part for part in get_args(kind) if part is not NoneType)
@@ -102,7 +114,7 @@ def add_setting(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any],
         parse, metavar = real, "X"
     else:
         parse, metavar = str, setting.name[0].upper()
-    group.add_argument(flag, type=or_none(parse) if optional else parse, metavar=metavar, help=text)
+    return group.add_argument(flag, type=or_none(parse) if optional else parse, metavar=metavar, help=text)
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -19,12 +20,13 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from vitrail.archives import UNFINISHED, Storage, cache_root
+from vitrail.archives import UNFINISHED, cache_root
+from vitrail.decoding import decode
 from vitrail.errors import BadInput
-from vitrail.images import Source, Unreadable, locate, parse_image, read_file, read_source, to_pixels
+from vitrail.images import BUILT_IN, Source, locate, read_source
 from vitrail.layouts import hold_out
-from vitrail.progress import say, track
-from vitrail.workers import Queue, cores, work_through
+from vitrail.progress import say
+from vitrail.workers import cores
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ class Dataset:
         """The split that figures are reported on: the held-out slice while tuning, else val, else test."""
         return next(split for split in ("holdout", "val", "test") if split in self.splits)
 
+    def digest(self) -> str:
+        """A short text that changes with the classes, the images, by name, their labels and their splits: with what
+        a run's course hangs on. It does not when the data set moves, or is packed into an archive."""
+        hashed = hashlib.blake2b(repr(self.classes).encode(), digest_size=16)
+        for split, images in sorted(self.splits.items()):
+            hashed.update(repr((split, images.names)).encode())
+            hashed.update(images.labels.tobytes())
+        return hashed.hexdigest()
+
 
 def _offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
     """Where each image begins, when images of these heights and widths, (N, 2), lie one after another."""
@@ -85,13 +96,23 @@ def _offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
     return lengths.cumsum() - lengths
 
 
-FORMAT = 1  # of the files below and of what `to_pixels` makes; a cache of another is not looked at
+FORMAT = 2  # of the files below and of what `to_pixels` makes; a cache of another is not looked at
 CHECKED = 3 << 29  # bytes checked at most when a cache is opened, spread evenly: what takes about a second
-TASK = 1 << 22  # bytes of pixels, about, that a worker decodes at a time, and that one checksum is for
 
 
 class _Damaged(Exception):
     """A cache that is not as it was written. The message says in what."""
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """What a cache holds. `folders`, `divided` and `flaw` are as in `Source`."""
+
+    dataset: Dataset
+    folders: tuple[str, ...]
+    divided: bool
+    flaw: str
+    pixels: NDArray[np.uint8]  # of all splits, one after another
 
 
 def load(data: str, image_size: int, *, holdout: float = 0.0) -> Dataset:
@@ -104,24 +125,99 @@ def load(data: str, image_size: int, *, holdout: float = 0.0) -> Dataset:
             other beside `train`: what tuning looks at is never what is reported. The slice is the same in all runs.
 
     Raises:
-        BadInput: there is no such data set, or it cannot be used; unreadable images are named.
+        BadInput: there is no such data set, or nothing can be trained on it; unreadable images are named.
         OSError: the cache cannot be written, for want of space for one. Nothing is left half-written.
     """
+    return _with_holdout(_cached(data, image_size, to_train=True).dataset, holdout)
+
+
+def load_for_evaluation(
+    data: str, image_size: int, classes: tuple[str, ...], *, own: str = "", holdout: float = 0.0
+) -> tuple[str, str, Images]:
+    """What a model that tells `classes` apart is measured on when it is handed a data set, decoded, cached as by
+    `load`. Nothing need be there to train on, and not every class need have images.
+
+    That is the split that the data set comes with (val, else test); all of its images (`all`) where it comes with none,
+    being `CLASS/*` or `train/` alone: they are new to the model. They are not where it was trained on that very data
+    set, which `own` says (the `Dataset.digest` of what `load` gave, with this `holdout`): that is divided as it was
+    then, and so are the built-in data sets.
+
+    Returns:
+        The name of the data set, that of the split, and the images, whose labels are indices into `classes`.
+
+    Raises:
+        BadInput: there is no such data set, or it has images of other classes; unreadable images are named.
+        OSError: the cache cannot be written.
+    """
+    cached = _cached(data, image_size, to_train=False)
+    dataset = cached.dataset
+    whole = cached.divided and data not in BUILT_IN
+    if own and not cached.flaw and (as_trained := _with_holdout(dataset, holdout)).digest() == own:
+        dataset, whole = as_trained, False
+    split = "all" if whole else dataset.evaluation
+    images = _together(cached) if whole else dataset.splits[split]
+    return dataset.name, split, _relabelled(data, images, cached, classes)
+
+
+def _cached(data: str, image_size: int, to_train: bool) -> _Cached:
+    """The data set, from the cache, where it is built first if need be.
+
+    Raises:
+        BadInput: as `load`'s; that nothing can be trained on it only if it is `to_train`.
+    """
     name, storage = locate(data)
-    entry = cache_root() / f"{_plain(name)}-{storage.fingerprint()}-{image_size}-v{FORMAT}"
-    dataset = _open_or_none(entry)
-    if dataset is None:
-        _build(read_source(data, name, storage), image_size, entry)
-        dataset = _open(entry)
-    return replace(dataset, splits=_hold_out(dataset.splits["train"], holdout)) if holdout else dataset
+    plain = re.sub(r"[^\w.-]", "_", name)[:80]  # what any file system takes
+    entry = cache_root() / f"{plain}-{storage.fingerprint()}-{image_size}-v{FORMAT}"
+    found = _open_or_none(entry) or read_source(data, name, storage)
+    if to_train and found.flaw:
+        raise BadInput(f"{data} {found.flaw}")
+    if isinstance(found, _Cached):
+        return found
+    _build(found, image_size, entry)
+    return _open(entry)
 
 
-def _plain(name: str) -> str:
-    """A name that any file system takes."""
-    return re.sub(r"[^\w.-]", "_", name)[:80]
+def _together(cached: _Cached) -> Images:
+    """The images of all splits as one."""
+    splits = list(cached.dataset.splits.values())
+    begins = itertools.accumulate((len(images.pixels) for images in splits), initial=0)
+    return Images(
+        cached.pixels,
+        np.concatenate([begin + images.offsets for begin, images in zip(begins, splits, strict=False)]),
+        np.concatenate([images.sizes for images in splits]),
+        np.concatenate([images.labels for images in splits]),
+        tuple(name for images in splits for name in images.names),
+    )
 
 
-def _hold_out(train: Images, share: float) -> dict[str, Images]:
+def _relabelled(data: str, images: Images, cached: _Cached, classes: tuple[str, ...]) -> Images:
+    """The images with their labels as indices into `classes`.
+
+    Raises:
+        BadInput: some are of none of them.
+    """
+    place = {name: label for label, name in enumerate(classes)}
+    label_of = [
+        # A class goes by its folder's name where one of the two data sets has no `words.txt`, and by both where the
+        # other has more classes of the same name.
+        next((place[name] for name in (readable, f"{readable} ({folder})", folder) if name in place), -1)
+        for readable, folder in zip(cached.dataset.classes, cached.folders, strict=True)
+    ]
+    unknown = [cached.folders[label] for label in np.unique(images.labels) if label_of[label] < 0]
+    if unknown:
+        theirs, ours = (", ".join(names[:5]) + " …" * (len(names) > 5) for names in (unknown, classes))
+        raise BadInput(
+            f"{data} has images of {theirs}, which are none of the {len(classes)} classes that the model tells apart "
+            f"({ours}). Rename what is one of them, and take the rest away."
+        )
+    return replace(images, labels=np.array(label_of, np.int64)[images.labels])
+
+
+def _with_holdout(dataset: Dataset, share: float) -> Dataset:
+    """The data set as it is for tuning, if `share` is above 0."""
+    if not share:
+        return dataset
+    train = dataset.splits["train"]
     index = {name: i for i, name in enumerate(train.names)}
     held: list[int] = []
     for label in np.unique(train.labels):
@@ -129,7 +225,8 @@ def _hold_out(train: Images, share: float) -> dict[str, Images]:
         held += [index[name] for name in hold_out(names, share, "holdout")[1]]
     chosen = np.zeros(len(train), bool)
     chosen[held] = True
-    return {"train": train.take(np.flatnonzero(~chosen)), "holdout": train.take(np.flatnonzero(chosen))}
+    parts = {"train": train.take(np.flatnonzero(~chosen)), "holdout": train.take(np.flatnonzero(chosen))}
+    return replace(dataset, splits=parts)
 
 
 def _build(source: Source, image_size: int, entry: Path) -> None:
@@ -151,35 +248,14 @@ def _build(source: Source, image_size: int, entry: Path) -> None:
 def _write(source: Source, image_size: int, folder: Path) -> None:
     """Writes `pixels.bin`, all splits one after another, `index.safetensors`, which image lies where in it, and
     `header.json`, the rest and the checksums."""
-    entries = [entry for split in source.splits.values() for entry in split]
-    at_once = max(1, min(256, TASK // (image_size * image_size * 3)))
-    tasks = [
-        (place, [source.prefix + entry.name for entry in entries[start : start + at_once]])
-        for place, start in enumerate(range(0, len(entries), at_once))
-    ]
-    (folder / "pixels.bin").touch()
-    decoder = _Decoder(source.storage, image_size, folder / "pixels.bin", Queue())
-    sizes: list[tuple[int, int]] = []
-    problems: list[tuple[str, str]] = []
-    blocks: list[tuple[int, int]] = []
-    with (
-        track(len(entries), f"Decoding {source.name}", "images") as advance,
-        contextlib.closing(work_through(_decode, decoder, tasks)) as all_done,
-    ):
-        for done in all_done:
-            sizes += done.sizes
-            problems += done.problems
-            blocks.append((done.length, done.crc32))
-            advance(len(done.sizes))
-    if problems:
-        raise BadInput(_unreadable_images(source, problems))
-    header = _write_index(source, np.array(sizes, np.int32), folder / "index.safetensors")
+    sizes, blocks = decode(source, image_size, folder / "pixels.bin")
+    header = _write_index(source, sizes, folder / "index.safetensors")
     text = json.dumps(header | {"blocks": blocks}, sort_keys=True)
     (folder / "header.json").write_text(f'{{"crc32": {zlib.crc32(text.encode())}, "header": {text}}}')
 
 
 def _write_index(source: Source, sizes: NDArray[np.int32], path: Path) -> dict[str, Any]:
-    """Writes the index; returns what the header says of the splits."""
+    """Writes the index; returns what the header says of it and of the data set."""
     splits: list[tuple[str, int, int]] = []
     index: dict[str, NDArray[Any]] = {}
     begin = 0
@@ -194,7 +270,10 @@ def _write_index(source: Source, sizes: NDArray[np.int32], path: Path) -> dict[s
         begin = splits[-1][2]
     content = safetensors.numpy.save(index)
     path.write_bytes(content)
-    return {"name": source.name, "classes": source.classes, "splits": splits, "index": zlib.crc32(content)}
+    return {
+        "name": source.name, "classes": source.classes, "folders": source.folders, "divided": source.divided,
+        "flaw": source.flaw, "splits": splits, "index": zlib.crc32(content),
+    }  # fmt: skip
 
 
 def _move(work: Path, entry: Path) -> None:
@@ -207,7 +286,7 @@ def _move(work: Path, entry: Path) -> None:
         # Another process was quicker: its cache is as good as this.
 
 
-def _open_or_none(entry: Path) -> Dataset | None:
+def _open_or_none(entry: Path) -> _Cached | None:
     """The cache, if it is there and sound. A damaged one is put away, with a line that says so."""
     if not entry.is_dir():
         return None
@@ -222,7 +301,7 @@ def _open_or_none(entry: Path) -> Dataset | None:
         return None
 
 
-def _open(entry: Path) -> Dataset:
+def _open(entry: Path) -> _Cached:
     """Maps the cache into memory.
 
     Raises:
@@ -245,7 +324,8 @@ def _open(entry: Path) -> Dataset:
             )
             for split, begin, end in header["splits"]
         }  # fmt: skip
-        return Dataset(header["name"], tuple(header["classes"]), splits)
+        dataset = Dataset(header["name"], tuple(header["classes"]), splits)
+        return _Cached(dataset, tuple(header["folders"]), header["divided"], header["flaw"], pixels)
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or not UTF-8
         raise _Damaged(str(error)) from None
 

@@ -84,10 +84,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What was said `about` the tensors of a file, which are not read."""
-    with safe_open(path, framework="pt") as file:
-        about: dict[str, Any] = json.loads(file.metadata()["about"])
-        return about
+    """What was said `about` the tensors of a file, which are not read.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
+            return about
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{path} is damaged: {error}.") from None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a file's name may hold what the terminal cannot show
+    if sys.platform == "win32":
+        return failed("it runs on Linux and macOS, and not on Windows; Windows has a Linux in it, WSL.", 1)
     try:
         print_result(answer(sys.argv[1:] if argv is None else argv))
     except BadInput as error:
@@ -86,10 +88,18 @@ def broken(error: Exception) -> int:
     """The machine's failures in a sentence; a failure of Vitrail's own with its traceback, which is worth reporting."""
     if isinstance(error, OSError):
         return failed(system_error(error), 1)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, named rather than imported
-        return failed("the device's memory is full. A smaller --batch-size, or --accumulate 2 and up, needs less.", 1)
+    if out_of_memory(error):
+        return failed("memory is full. In training, a smaller --batch-size or --accumulate 2 and up needs less.", 1)
     traceback.print_exception(error)
     return failed("this is a mistake in Vitrail, not in what you typed. Please report it with the lines above.", 1)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was lacking. Torch has an exception of its own for that only on CUDA."""
+    words = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def system_error(error: OSError) -> str:

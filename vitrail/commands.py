@@ -6,6 +6,7 @@ What does the work is imported when it is needed, so that help needs neither tor
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,41 +36,48 @@ class Command:
 
 def take_train(parser: Parser, argv: Sequence[str]) -> None:
     """One flag for each field of Recipe; the help shows the values of the recipe that is named."""
-    named = next((word for word in argv if word in RECIPES), "digits")
     parser.usage = "vitrail train [RECIPE] [--output RUN] [--resume] [SETTING ...]"
     parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (digits)")
     parser.add_argument("--output", type=Path, metavar="RUN", help="the run folder, never overwritten (runs/RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="go on with RUN (the recipe's latest) where it was left")
+    parser.add_argument("--resume", action="store_true", help="go on with RUN (the latest) where it was left")
     parser.add_argument("--stop-after", type=at_least_one, metavar="EPOCHS", help="stop there; --resume goes on")
     parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="how often the state is saved (60)")
     kinds = get_type_hints(Recipe)
+    actions, groups = {}, []
     for setting in dataclasses.fields(Recipe):
         if setting.name in HEADINGS:
-            group = parser.add_argument_group(f"{HEADINGS[setting.name]} (in brackets: what {named} has)")
-        add_setting(group, setting, kinds[setting.name], getattr(RECIPES[named], setting.name))
+            groups.append(parser.add_argument_group(HEADINGS[setting.name]))
+        actions[setting.name] = add_setting(groups[-1], setting, kinds[setting.name])
+    # Only now is it known which words stand behind flags, `--data digits` for one, and which is the recipe.
+    word = parser.first_name(argv)
+    named = word if word in RECIPES else "digits"
+    for group in groups:
+        group.title = f"{group.title} (in brackets: what {named} has)"
+    for name, action in actions.items():
+        action.help = f"{action.help} ({shown(getattr(RECIPES[named], name))})"
 
 
 def do_train(args: argparse.Namespace) -> str:
     """Train, and say how well it went and where to look."""
     given = dict(vars(args))
-    name = given.pop("recipe", "digits")
+    name = given.pop("recipe", None)
     if "resume" not in given:
         settings = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
-        resolve(name, **settings)  # what is wrong with them is said at once, before torch is imported
+        resolve(name or "digits", **settings)  # what is wrong with them is said at once, before torch is imported
     from vitrail.progress import duration
     from vitrail.training import train
 
     result = train(name, **given)
-    figures, run = result.results, result.run
+    figures, run = result.results, shlex.quote(str(result.run))
     done, planned = figures["epochs"], figures["epochs_planned"]
-    epochs = f"{done:.0f} of {planned} epochs" if done < planned else f"{planned} epoch{'s' * (planned > 1)}"
+    epochs = f"{done} of {planned} epochs" if done < planned else f"{planned} epoch{'s' * (planned > 1)}"
     lines = [
         headline(figures),
         f"{epochs} in {duration(figures['train_seconds'])} of training, "
         f"{figures['images_per_second']:,.0f} images/s ({figures['device']}, {figures['precision']})",
         "",
-        f"look at  {run / 'report.html'}",
+        f"look at  {result.run / 'report.html'}",
         f"then     vitrail evaluate {run}",
         f"         vitrail predict {run} IMAGE",
     ]
@@ -89,6 +97,8 @@ def do_evaluate(args: argparse.Namespace) -> str:
     """Measure a run's weights: the figures in all, and the classes they do worst on."""
     from vitrail.evaluate import evaluate_run
 
+    if args.data is None:
+        check_own_data(args.run)
     figures = evaluate_run(args.run, args.data)
     if args.json:
         return as_json(figures)
@@ -137,13 +147,34 @@ def do_report(args: argparse.Namespace) -> str:
 
     recipe = Run.open(args.run).recipe().recipe
     try:
+        if args.data is None:
+            check_own_data(args.run)
         dataset = cache.load(args.data or recipe.data, recipe.image_size, holdout=recipe.holdout)
     except BadInput as error:
         if args.data:
             raise
-        say(f"vitrail: the page will be without pictures, as {error} `--data D` says where the images are.")
+        say(f"vitrail: the page will be without pictures: {error}")
         dataset = None
     return str(write_report(args.run, dataset))
+
+
+def check_own_data(path: Path) -> None:
+    """See to it that what a run was trained on is there.
+
+    Raises:
+        BadInput: it is not, or there is no such run.
+    """
+    from vitrail.checkpoint import Run
+    from vitrail.images import BUILT_IN
+
+    data = Run.open(path).recipe().recipe.data
+    there = Path(data).expanduser()
+    if data in BUILT_IN or there.exists():
+        return
+    why = "which is no longer there"
+    if not there.is_absolute():
+        why = "a path from the folder in which that was started; there is no such thing in this one"
+    raise BadInput(f"{path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
 def take_data(parser: Parser, argv: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from vitrail import cache
 from vitrail.batches import Pixels, evaluation_batches
 from vitrail.cache import Images
-from vitrail.checkpoint import Run
+from vitrail.checkpoint import Run, read_about
 from vitrail.errors import BadInput
 from vitrail.images import Unreadable, open_image, to_pixels
 from vitrail.progress import track
@@ -124,35 +124,62 @@ def figures(predictions: Predictions, classes: tuple[str, ...]) -> Figures:
     )
 
 
-def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error: how far confidence and accuracy lie apart in equally wide bins of confidence,
-    weighted by their images (Guo et al., equation 3). Bins are open below and closed above, as theirs."""
-    place = np.clip(np.ceil(confidence.astype(np.float64) * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    gap = np.zeros(CALIBRATION_BINS)
-    np.add.at(gap, place, confidence - right.astype(np.float64))
-    return float(np.abs(gap).sum() / len(confidence))
+@dataclass(frozen=True)
+class Bin:
+    """The predictions whose confidence fell into one interval: how many, their mean confidence, the share right."""
+
+    index: int
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def calibration(confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> list[Bin]:
+    """Predictions by confidence, in `CALIBRATION_BINS` equal intervals, open below and closed above; empty ones left
+    out (Guo et al., section 2)."""
+    which = np.ceil(confidence.astype(np.float64) * CALIBRATION_BINS).astype(int) - 1
+    which = np.clip(which, 0, CALIBRATION_BINS - 1)
+    inside = {index: which == index for index in np.unique(which).tolist()}
+    return [
+        Bin(index, int(mask.sum()), float(confidence[mask].mean(dtype=float)), float(right[mask].mean()))
+        for index, mask in inside.items()
+    ]
+
+
+def calibration_error(confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error: how far confidence and accuracy lie apart in the bins, weighted by their images
+    (Guo et al., equation 3)."""
+    gaps = (bin.count * abs(bin.accuracy - bin.confidence) for bin in calibration(confidence, right))
+    return sum(gaps) / len(confidence)
 
 
 def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
-    """Figures of a run's weights on the evaluated split of its data set, or of `data`, as in `results.json`.
+    """Figures of a run's weights, as in `results.json`: on the split that the run was judged by, or on `data`.
+
+    Where `data` comes without a division into training and test images, all of its images count, unless they are
+    those that the run itself was trained on: then those that it held out.
 
     Raises:
-        BadInput: the run or the data cannot be used, or they have different classes.
+        BadInput: the run or the data cannot be used, or the data has classes that the run does not know.
     """
     run = Run.open(path)
     resolved = run.recipe()
     recipe = resolved.recipe
     model, classes = run.load_model()
-    dataset = cache.load(data or recipe.data, model.config.image_size, holdout=recipe.holdout)
-    if dataset.classes != classes:
-        raise BadInput(
-            f"{path} tells apart {len(classes)} classes ({', '.join(classes[:3])} …), and {dataset.name} has "
-            f"{len(dataset.classes)} others ({', '.join(dataset.classes[:3])} …): they must be the same."
-        )
-    pixels = Pixels(dataset.splits[dataset.evaluation], model.config.image_size, pick_device("auto"))
+    size = model.config.image_size
+    if data is None:
+        dataset = cache.load(recipe.data, size, holdout=recipe.holdout)
+        if dataset.classes != classes:
+            raise BadInput(f"{dataset.name} no longer has the {len(classes)} classes that {path} was trained on.")
+        name, split, images = dataset.name, dataset.evaluation, dataset.splits[dataset.evaluation]
+    else:
+        state = path / "last" / "state.safetensors"
+        own = read_about(state)["images"] if state.is_file() else ""
+        name, split, images = cache.load_for_evaluation(data, size, classes, own=own, holdout=recipe.holdout)
+    pixels = Pixels(images, size, pick_device("auto"))
     predictions = predict_split(model.to(pixels.device), pixels, precision=recipe.precision)
     found = figures(predictions, classes).as_dict()
-    return {"recipe": resolved.name, "dataset": dataset.name, "split": dataset.evaluation, **found}
+    return {"recipe": resolved.name, "dataset": name, "split": split, **found}
 
 
 def read_pixels(file: Path, image_size: int) -> NDArray[np.uint8]:

@@ -112,7 +112,7 @@ def _flaw(layout: Layout) -> str:
     """Why nothing can be trained and judged on a data set: what follows its name in the sentence that says so."""
     having = {split: {folder for folder, some in tree.items() if some} for split, tree in layout.splits.items()}
     trained = having.pop("train", set())
-    judged = sorted(split for split, folders in having.items() if folders)
+    judged = [split for split, folders in having.items() if folders]
     if not trained:
         return f"has images in {' and '.join(judged)}, but none to train on; those go to train/CLASS/."
     if len(trained) < 2:
@@ -164,6 +164,8 @@ def _unreadable(name: str = "") -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
+        except MemoryError:
+            raise  # of which the file is innocent
         except Exception as error:
             raise Unreadable(f"{name}: {_reason(error)}" if name else _reason(error)) from None
 

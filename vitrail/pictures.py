@@ -188,14 +188,6 @@ def percent(share: float, digits: int = 1) -> str:
     return f"<{10**-digits:.{digits}f}%" if float(text) == 0 else f"{text}%"
 
 
-def duration(seconds: float) -> str:
-    """`48 s`, `12 min 5 s`, `3 h 20 min`."""
-    if seconds < 59.5:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
 def number(value: float) -> str:
     """`1,437`, `29,400`: whole, with thousands set off."""
     return f"{value:,.0f}"

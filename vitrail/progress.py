@@ -1,7 +1,7 @@
 """What is going on, on stderr: live bars on a terminal, and elsewhere a plain line now and then.
 
-No thread draws: each call of `advance` or `update` redraws when the last redraw is 0.1 s old, so that a pool of
-processes may be forked while a bar is shown, and a bar that stands still means work that stands still.
+No thread draws: each call of `advance` or `update` redraws when the last redraw is 0.1 s old, so that a bar that stands
+still means work that stands still.
 """
 
 import os
@@ -42,11 +42,14 @@ def say(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `35 s`, `14 min`, `2 h 05 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
+    """A time for people: `1.5 s`, `35 s`, `1 min 59 s`, `2 h 05 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+    return f"{hours:,} h {minutes:02} min"
 
 
 class _Screen:

@@ -21,8 +21,9 @@ from vitrail import __version__, pictures
 from vitrail.cache import Dataset, Images
 from vitrail.checkpoint import Run, write_text
 from vitrail.errors import BadInput
-from vitrail.evaluate import CALIBRATION_BINS
-from vitrail.pictures import duration, figures, moment, number, percent
+from vitrail.evaluate import CALIBRATION_BINS, calibration
+from vitrail.pictures import figures, moment, number, percent
+from vitrail.progress import duration
 from vitrail.recipes import Recipe
 
 Ints = NDArray[np.int64]
@@ -69,16 +70,6 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Bin:
-    """The predictions whose confidence fell into one interval: how many, their mean confidence, the share right."""
-
-    index: int
-    count: int
-    confidence: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class Pair:
     """`times` of the `of` images of class `label` were said to be of class `said`."""
 
@@ -108,19 +99,6 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def calibration(confidence: Floats, right: NDArray[np.bool_], bins: int = CALIBRATION_BINS) -> list[Bin]:
-    """Predictions by confidence, in `bins` equal intervals (k/bins, (k+1)/bins], the empty ones left out.
-
-    The expected calibration error is the mean of |accuracy - confidence| over them, weighted by count.
-    """
-    which = np.clip(np.ceil(confidence.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
-    inside = {k: which == k for k in np.unique(which).tolist()}
-    return [
-        Bin(k, int(mask.sum()), float(confidence[mask].mean(dtype=float)), float(right[mask].mean()))
-        for k, mask in inside.items()
-    ]
 
 
 def confusion(label: Ints, said: Ints, classes: int) -> Ints:
@@ -232,7 +210,7 @@ def render(record: Record, dataset: Dataset | None) -> str:
         function.__name__: function
         for function in (percent, duration, number, figures, moment, pictures.dots)
     }  # fmt: skip
-    split = (record.results or {}).get("split") or (dataset.evaluation if dataset else "val")
+    split = _split(record, dataset)
     return environment.get_template("report.html").render(
         record=record, results=record.results, split=split, version=__version__,
         written=datetime.datetime.now(datetime.UTC).isoformat(),
@@ -244,6 +222,15 @@ def render(record: Record, dataset: Dataset | None) -> str:
         charts=_charts(record.epochs, split), interval=_interval(record.results),
         scored=_scored(record, dataset, split), bins=CALIBRATION_BINS,
     )  # fmt: skip
+
+
+def _split(record: Record, dataset: Dataset | None) -> str:
+    """What is evaluated on; `evaluation` where nothing says what that is, as while a run goes on."""
+    if record.results:
+        return str(record.results["split"])
+    if dataset:
+        return dataset.evaluation
+    return "holdout" if record.settings.get("holdout", {}).get("value") else "evaluation"
 
 
 def _dataset_name(record: Record) -> str:

@@ -1,11 +1,9 @@
 """Going on with a run: which one, from where, and whether it is still the same run."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrail.cache import Dataset
 from vitrail.checkpoint import Run
 from vitrail.errors import BadInput
 from vitrail.progress import say
@@ -16,7 +14,7 @@ from vitrail.recipes import Resolved, resolve
 class Progress:
     """How far a run is: with the weights and the optimizer's state, all that resuming needs."""
 
-    images: str  # a digest of what it trains on and is judged by, as `digest` gives it
+    images: str  # a digest of what it trains on and is judged by, as `Dataset.digest` gives it
     step: int = 0  # steps done
     train_seconds: float = 0.0  # spent in steps, input included; evaluation and saving left out
     loss: float = 0.0  # sum over this epoch's steps
@@ -26,15 +24,6 @@ class Progress:
     def as_dict(self) -> dict[str, Any]:
         """As it is kept in the checkpoint."""
         return asdict(self)
-
-
-def digest(dataset: Dataset) -> str:
-    """Changes when classes, images or their labels do, by name: the order in which a run sees them hangs on that."""
-    hashed = hashlib.blake2b(repr(dataset.classes).encode(), digest_size=16)
-    for split, images in sorted(dataset.splits.items()):
-        hashed.update(repr((split, images.names)).encode())
-        hashed.update(images.labels.tobytes())
-    return hashed.hexdigest()
 
 
 def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any]) -> tuple[Run, Resolved]:

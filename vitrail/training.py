@@ -27,7 +27,7 @@ from vitrail.process import deterministic, keep_freed_memory, stop_signals
 from vitrail.progress import TrainingDisplay
 from vitrail.recipes import Recipe, Resolved, resolve
 from vitrail.report import write_report
-from vitrail.resume import Progress, check_images, compare_launches, digest, take_up
+from vitrail.resume import Progress, check_images, compare_launches, take_up
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
 
@@ -100,7 +100,7 @@ def train(
     torch.manual_seed(chosen.seed)
     model = VisionTransformer(model_config(chosen, len(dataset.classes))).to(device)
     optimizer = build_optimizer(model, chosen)
-    progress = Progress(images=digest(dataset))
+    progress = Progress(images=dataset.digest())
     launch = describe(device)
     if run is None:  # only now: what is wrong with the input was said before anything was written
         run = Run.create(Path(output) if output is not None else Path("runs") / resolved.name)
@@ -262,7 +262,7 @@ class Session:
                 self.diverged(f"{name} is no longer finite after step {self.progress.step}")
         self.run.save_model(self.model, self.dataset.classes)
         self.run.save_state(self.model, self.optimizer, self.progress.as_dict())
-        write_report(self.run.path, None)  # what there is to see so far; its pictures come with the results
+        write_report(self.run.path, self.dataset)  # what there is to see so far
         self.saved = time.perf_counter()
 
     def diverged(self, what: str) -> NoReturn:

@@ -57,7 +57,7 @@ def work_through(
     `work` is a function at the top of a module; `shared` goes to each process once, a task when its turn comes.
 
     Raises:
-        RuntimeError: a process was ended from outside. What `work` raises comes through.
+        ChildProcessError: a process was ended from outside. What `work` raises comes through.
     """
     begun = time.monotonic()
     for done, task in enumerate(tasks):
@@ -70,7 +70,7 @@ def work_through(
 def _on_all_cores(
     work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]
 ) -> Generator[Done, None, None]:
-    count = min(cores(), len(tasks), 60)  # Windows waits for no more than 61 processes at a time
+    count = min(cores(), len(tasks))
     pool = ProcessPoolExecutor(count, _processes, _begin, (shared,))
     waiting: deque[Future[Done]] = deque()
     try:
@@ -81,7 +81,10 @@ def _on_all_cores(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError("a process that read images was ended from outside, perhaps for want of memory") from None
+        raise ChildProcessError(
+            "a process that was reading images was ended from outside. The system does that where memory is short: "
+            "make some free, then try again."
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
