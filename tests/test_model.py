@@ -188,6 +188,11 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         VisionTransformer(SMALL)(torch.zeros(shape))
 
 
+def test_a_wrong_channel_count_is_not_answered_with_a_resize() -> None:
+    with pytest.raises(BadInput, match="repeat a grey channel three times"):
+        VisionTransformer(SMALL)(torch.zeros(2, 1, 16, 16))
+
+
 def test_an_unknown_variant_gets_the_nearest() -> None:
     with pytest.raises(BadInput, match=r"no variant 'ViT-B/61'; did you mean 'ViT-B/16'\?"):
         vitrail.create("ViT-B/61")

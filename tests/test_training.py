@@ -1,11 +1,13 @@
 """Runs, whole and interrupted: what they leave behind, that they end with the same bits, and how they fail."""
 
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vitrail
-from vitrail.checkpoint import Run, read_about, write_tensors
+from vitrail.checkpoint import Run, read_about, read_tensors, write_tensors
 from vitrail.errors import BadInput, Diverged
 from vitrail.evaluate import evaluate_run, predict_files
 from vitrail.model import VisionTransformer
@@ -255,6 +257,8 @@ def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pyte
     assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits-2")
     assert vitrail.train("digits", resume=True).run == Path("runs/digits-2")
     assert vitrail.train(resume=True).run == Path("runs/digits-2")
+    Path("runs/digits/results.json").unlink()  # as of a run that is not finished
+    assert vitrail.train(resume=True).run == Path("runs/digits")
     with pytest.raises(BadInput, match="no run of vit-12"):
         vitrail.train("vit-12", resume=True)
     with pytest.raises(BadInput, match="is a run of digits, not of vit-12"):
@@ -326,6 +330,17 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
             vitrail.train(output=run, resume=True, data=str(other))
 
 
+def test_what_is_trained_is_said_at_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run", stop_after=1).run
+    said = capfd.readouterr().err
+    assert f"1,438 training and 359 test images of 10 classes, cpu, fp32 → {run}" in said
+    vitrail.train(output=run, resume=True, stop_after=2)
+    assert f"going on with {run} at step 23 of 68" in capfd.readouterr().err
+    photos = save_photos(tmp_path / "photos", {"red": 0, "blue": 2}, 6)
+    train(tmp_path / "few", data=str(photos), image_size=16, batch_size=64, epochs=2)
+    assert "a batch of 64 is more than the 10 images there are: 2 epochs are 1 steps" in capfd.readouterr().err
+
+
 def test_other_threads_are_said_to_give_other_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path / "run", stop_after=1).run
     before = torch.get_num_threads()
@@ -374,6 +389,29 @@ def test_bad_input_leaves_no_run_folder(settings: dict[str, Any], message: str, 
 def test_a_resumed_run_keeps_its_settings(whole: Path) -> None:
     with pytest.raises(BadInput, match=r"started with lr = 0.003.*leave --lr out"):
         vitrail.train(output=whole, resume=True, lr=0.1)
+
+
+def test_what_is_read_while_it_is_replaced_is_one_or_the_other(tmp_path: Path) -> None:
+    path, ended = tmp_path / "state.safetensors", threading.Event()
+
+    def keep_writing() -> None:
+        for number in itertools.count():
+            write_tensors(path, {"a": torch.full((1000 + number % 7,), float(number))}, {"step": 10 ** (number % 9)})
+            if ended.is_set():
+                return
+
+    write_tensors(path, {"a": torch.zeros(3)}, {"step": 0})
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    try:
+        for _ in range(300):
+            tensors, about = read_tensors(path)
+            assert (tensors["a"] == tensors["a"][0]).all()
+            assert read_about(path)["step"] in (0, *(10**power for power in range(9)))
+            assert about.keys() == {"step"}
+    finally:
+        ended.set()
+        writer.join()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -74,9 +74,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         BadInput: there is no such file, or it is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        # For PyTorch it would open the file a second time, which a running training may have replaced meanwhile.
+        with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (it is no dict)
+            names = file.keys()  # of something that is no dict
+            return {name: torch.from_numpy(file.get_tensor(name)) for name in names}, about
     except FileNotFoundError:
         raise BadInput(f"{path} is missing.") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -90,7 +92,7 @@ def read_about(path: Path) -> dict[str, Any]:
         BadInput: the file is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
             return about
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -125,6 +127,8 @@ class Run:
             BadInput: there is no folder of that name, or it is no run folder.
         """
         path = Path(path)
+        if path.is_file():
+            raise BadInput(f"{path} is a file, not a run folder.")
         if not path.is_dir():
             raise BadInput(f"there is no run folder {path}.")
         if not (path / "recipe.yaml").is_file() and not (path / "model" / "config.json").is_file():
@@ -228,7 +232,7 @@ class Run:
                 raise BadInput(f"{path} has settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
             return ViTConfig(**content["model"]), tuple(map(str, content["classes"]))
         except FileNotFoundError:
-            raise BadInput(f"{self.path} holds no model yet: {path} is missing.") from None
+            raise BadInput(f"{self.path} holds no model: {path} is missing.") from None
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise BadInput(f"{path} is damaged: {error}.") from None
 

@@ -222,10 +222,11 @@ class VisionTransformer(nn.Module):
         """z_0 of equation 1: projected patches behind the class token, each with its position embedding."""
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
-            raise BadInput(
-                f"the model takes images of shape (batch, 3, {size}, {size}), not {tuple(images.shape)}: "
-                f"resize them, or load the model with image_size=… to resize its position embeddings."
-            )
+            mend = "resize them, or load the model with image_size=… to resize its position embeddings"
+            if images.shape[1] != 3:
+                mend = "repeat a grey channel three times, or drop transparency"
+            shape = tuple(images.shape)
+            raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
         tokens = self.patch_embedding(images)
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)

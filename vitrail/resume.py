@@ -31,7 +31,8 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
 
     Args:
         name: the recipe that the run must be of; any if None.
-        output: the run folder; the one in `runs/` with the latest checkpoint if None.
+        output: the run folder; if None, the one in `runs/` with the latest checkpoint among those without results, or
+            among all of them.
         settings: what is set now, which must agree with the run.
 
     Raises:
@@ -45,7 +46,7 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
         runs = [run for run in runs if name is None or run.recipe().name == name]
         if not runs:
             raise BadInput(f"there is no run{f' of {name}' if name else ''} in runs/; say which with --output RUN.")
-        output = runs[-1].path
+        output = next((run for run in reversed(runs) if not (run.path / "results.json").is_file()), runs[-1]).path
     run = Run.open(output)
     resolved = run.recipe()
     if name is not None and resolved.name != name:

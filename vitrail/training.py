@@ -24,7 +24,7 @@ from vitrail.evaluate import Predictions, figures, pick_device, predict_split
 from vitrail.model import VisionTransformer, ViTConfig
 from vitrail.optimize import build_optimizer, learning_rate
 from vitrail.process import deterministic, keep_freed_memory, stop_signals
-from vitrail.progress import TrainingDisplay
+from vitrail.progress import TrainingDisplay, say
 from vitrail.recipes import Recipe, Resolved, resolve
 from vitrail.report import write_report
 from vitrail.resume import Progress, check_images, compare_launches, take_up
@@ -113,6 +113,7 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     session = Session(run, resolved, dataset, model, optimizer, progress, device, checkpoint_every)
+    session.announce()
     with deterministic(device), stop_signals() as stopped:
         return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
 
@@ -149,6 +150,23 @@ class Session:
         self.batches = TrainingBatches(pixels, self.recipe)
         self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
         self.saved = self.read = time.perf_counter()
+
+    def announce(self) -> None:
+        """Say what is trained on what, and where it goes."""
+        images, batch = len(self.batches.pixels), self.recipe.batch_size
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        if self.progress.step:
+            say(f"going on with {self.run.path} at step {self.progress.step:,} of {self.batches.steps:,}")
+        say(
+            f"{self.resolved.name} ({parameters:,} parameters) on {self.dataset.name}: {images:,} training and "
+            f"{len(self.judged):,} {self.dataset.evaluation} images of {len(self.dataset.classes)} classes, "
+            f"{self.device.type}, {self.recipe.precision} → {self.run.path}"
+        )
+        if batch > images:
+            say(
+                f"a batch of {batch} is more than the {images} images there are: {self.recipe.epochs} epochs are "
+                f"{self.batches.steps} steps, and a smaller --batch-size would learn more"
+            )
 
     def fit(self, last_epoch: int, stopped: list[int]) -> Result:
         """Train up to the end of `last_epoch` (counted from 1), evaluating after each epoch and saving on the way.
