@@ -368,6 +368,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
     ("settings", "message"),
     [
         ({"image_size": 18}, "take images of 16 or 20, or patches of 1, 2, 3, 6, 9, 18"),
+        ({"epochs": "2"}, "epochs is '2'; it must be of type int"),
+        ({"clip": "1"}, "clip is '1'; it must be of type float or NoneType"),
         ({"precision": "fp16"}, "it must be one of fp32, bf16; did you mean"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"seed": 2**70}, r"below 2\^63"),
@@ -384,6 +386,13 @@ def test_bad_input_leaves_no_run_folder(settings: dict[str, Any], message: str, 
     with pytest.raises(BadInput, match=message):
         train(tmp_path / "run", **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_named_as_a_recipe_gets_the_flag_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    with pytest.raises(BadInput, match=r"no recipe 'photos'.* vitrail train --data photos"):
+        vitrail.train("photos")
 
 
 def test_a_resumed_run_keeps_its_settings(whole: Path) -> None:

@@ -7,6 +7,7 @@ type, its default and its help stand here and nowhere else. Nothing here imports
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitrail.errors import BadInput
@@ -67,6 +68,11 @@ class Recipe:
             if get_origin(kind) is Literal and value not in choices:
                 near = nearest(str(value), choices)
                 raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(choices)}{near}")
+            types = tuple(part for part in choices or (kind,) if isinstance(part, type))
+            if types and not isinstance(value, (*types, int) if float in types else types):
+                raise BadInput(
+                    f"{name} is {value!r}; it must be of type {' or '.join(part.__name__ for part in types)}."
+                )
         for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs",
                      "batch_size", "accumulate"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -137,7 +143,8 @@ def resolve(name: str, **overrides: Any) -> Resolved:
         BadInput: no recipe or field has that name (the nearest is offered), or a value does not do.
     """
     if name not in RECIPES:
-        raise BadInput(f"there is no recipe {name!r}{nearest(name, RECIPES)} There are: {', '.join(RECIPES)}.")
+        there = f" To train on {name}: vitrail train --data {name}" if Path(name).exists() else ""
+        raise BadInput(f"there is no recipe {name!r}{nearest(name, RECIPES)} There are: {', '.join(RECIPES)}.{there}")
     known = {f.name: f.default for f in dataclasses.fields(Recipe)}
     for key in overrides:
         if key not in known:
