@@ -149,16 +149,21 @@ class Session:
         same_bytes = pixels if judged.pixels is train.pixels else None
         self.batches = TrainingBatches(pixels, self.recipe)
         self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
+        self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.saved = self.read = time.perf_counter()
+
+    @property
+    def samples_seen(self) -> int:
+        """Images that the steps done have taken, each as often as it came."""
+        return self.progress.step * self.recipe.batch_size
 
     def announce(self) -> None:
         """Say what is trained on what, and where it goes."""
         images, batch = len(self.batches.pixels), self.recipe.batch_size
-        parameters = sum(weight.numel() for weight in self.model.parameters())
         if self.progress.step:
             say(f"going on with {self.run.path} at step {self.progress.step:,} of {self.batches.steps:,}")
         say(
-            f"{self.resolved.name} ({parameters:,} parameters) on {self.dataset.name}: {images:,} training and "
+            f"{self.resolved.name} ({self.parameters:,} parameters) on {self.dataset.name}: {images:,} training and "
             f"{len(self.judged):,} {self.dataset.evaluation} images of {len(self.dataset.classes)} classes, "
             f"{self.device.type}, {self.recipe.precision} → {self.run.path}"
         )
@@ -242,7 +247,7 @@ class Session:
         metrics = {
             "epoch": epoch + 1,
             "step": progress.step,
-            "samples_seen": progress.step * recipe.batch_size,
+            "samples_seen": self.samples_seen,
             "lr": learning_rate(recipe, progress.step - 1, self.batches.steps),
             "train_loss": progress.loss / progress.counted,
             "train_accuracy": progress.correct / (progress.counted * recipe.batch_size),
@@ -250,7 +255,7 @@ class Session:
             "val_top1": found.top1,
             "val_top5": found.top5,
             "train_seconds": progress.train_seconds,
-            "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
+            "images_per_second": self.samples_seen / progress.train_seconds,
         }
         self.run.add_metrics(metrics)
         for name, value in metrics.items():
@@ -308,12 +313,12 @@ class Session:
             "dataset": self.dataset.name,
             "split": self.dataset.evaluation,
             **found,
-            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "parameters": self.parameters,
             "epochs": max(e for e in range(recipe.epochs + 1) if self.batches.first_step(e) <= progress.step),
             "epochs_planned": recipe.epochs,
-            "samples_seen": progress.step * recipe.batch_size,
+            "samples_seen": self.samples_seen,
             "train_seconds": round(progress.train_seconds, 2),
-            "images_per_second": round(progress.step * recipe.batch_size / progress.train_seconds, 1),
+            "images_per_second": round(self.samples_seen / progress.train_seconds, 1),
             "device": self.device.type,
             "precision": recipe.precision,
             "seed": recipe.seed,
