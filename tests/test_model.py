@@ -1,12 +1,14 @@
 """The model is the official one: its numbers, its sizes, its initial weights; and says what is wrong with a shape."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
 from vitrail.errors import BadInput
@@ -43,6 +45,30 @@ def test_logits_at_a_larger_image_size_are_the_official_ones(case: str) -> None:
 def test_both_ways_to_attend_give_the_official_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
     test_logits_are_the_official_ones(case)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("representation_size", [None, 24])
+def test_what_the_head_does_not_read_is_not_computed_and_changes_nothing(
+    fused: bool, representation_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fused:
+        monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)
+    torch.manual_seed(4)
+    model = VisionTransformer(replace(SMALL, num_layers=6, mlp_dim=128, representation_size=representation_size))
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(3, 3, 16, 16)
+    found = []
+    for forward in (model, lambda images: model.forward_head(model.forward_encoder(model.embed(images)))):
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            logits = forward(images)
+            logits.square().sum().backward()
+        found.append((logits, [weight.grad for weight in model.parameters()], counter.get_total_flops()))
+    (logits, gradients, flops), (all_logits, all_gradients, all_flops) = found
+    torch.testing.assert_close(logits, all_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients, all_gradients, atol=1e-4, rtol=1e-4)
+    assert flops < 0.9 * all_flops
 
 
 def counts() -> dict[str, int]:

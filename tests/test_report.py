@@ -105,7 +105,8 @@ def finish(run: Path, dataset: Dataset, epochs: int = 3) -> Path:
     results = {
         "recipe": "digits", "dataset": dataset.name, "split": dataset.evaluation, **found, "parameters": 650,
         "epochs": epochs, "samples_seen": 640 * epochs, "train_seconds": 1.5 * epochs,
-        "images_per_second": 426.7, "device": "cpu", "precision": "fp32", "seed": 0,
+        "images_per_second": 426.7, "input_share": 0.004, "peak_memory": 1_234_000_000, "device": "cpu",
+        "precision": "fp32", "seed": 0,
     }  # fmt: skip
     (run / "results.json").write_text(json.dumps(results))
     (run / "model").mkdir()
@@ -174,6 +175,8 @@ def test_finished_run(tmp_path: Path) -> None:
     assert f"recognises {right} of {count} test images" in page.text
     assert f"95% interval {low:.1%} to {high:.1%}" in page.text
     assert f"{count - right} of {count} test images are taken for another class" in page.text
+    assert "0.4% of it for input" in page.text
+    assert "1.2 GB" in page.text
     assert "vitrail train 'a & b'" in page.text
     assert f"Made by Vitrail {__version__}" in page.text
     matrix = [int(n) for n in re.findall(r'<td class="(?:none|hit|miss)[^>]*>(\d+)</td>', page.html)]

@@ -1,5 +1,6 @@
 """Batched augmentation on the training device: what happens to each image is drawn first, then done to all at once.
 
+Flips and shifts only pick pixels and are done while the bytes are read (`places`); the rest works on the pixels.
 Drawing is separate from doing so that the numbers come from the processor's generator whatever the device, and so
 that a part of a batch (a micro-batch, another process's share) is augmented exactly as it would be within the whole.
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from vitrail.recipes import Recipe
@@ -30,6 +31,16 @@ class Draws:
         """The draws of some of the images."""
         return Draws(self.window[rows], self.mirrored[rows], self.angle[rows], self.shift[rows])
 
+    def to(self, device: torch.device) -> "Draws":
+        """The same on a device."""
+        return Draws(*(send(drawn, device) for drawn in (self.window, self.mirrored, self.angle, self.shift)))
+
+
+def send(drawn: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the processor's on a device, without waiting for what the device still has to do: CUDA copies from
+    pinned memory behind that, and from other memory only after it."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
 
 def draw(recipe: Recipe, batch: int, generator: torch.Generator) -> Draws:
     """Draw what the recipe asks for; everything is drawn, used or not, so that no setting moves another's numbers."""
@@ -40,40 +51,25 @@ def draw(recipe: Recipe, batch: int, generator: torch.Generator) -> Draws:
     return Draws(window, mirrored & recipe.flip, angle * recipe.rotate, shift)
 
 
-def augment(images: UInt8[Tensor, "B 3 S S"], draws: Draws, recipe: Recipe) -> Float[Tensor, "B 3 S S"]:
-    """Augmented images, still from 0 to 255; see `normalise`."""
-    device = images.device
-    if recipe.flip:
-        images = flip(images, draws.mirrored.to(device))
-    pixels = images.float()
-    if recipe.crop:
-        pixels = shift(pixels, draws.shift.to(device), recipe.crop)
-    if recipe.rotate:
-        pixels = rotate(pixels, draws.angle.to(device))
-    return pixels
+def places(draws: Draws, size: int, recipe: Recipe) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]] | None:
+    """Flips and shifts: which row, and which column, of the square cut out of an image each row and column of the
+    augmented image shows. None where the recipe asks for neither.
+
+    A shift moves the image, mirrored or not, down and right; what comes in is the reflection of the edge: the same as
+    padding and cutting a random square. All of it is picking pixels, so that one read of the bytes does it.
+    """
+    if not (recipe.flip or recipe.crop):
+        return None
+    along = torch.arange(size, device=draws.shift.device)
+    last = size - 1
+    moved = along - draws.shift.long()[:, :, None]  # (B, 2, S)
+    rows, columns = (last - (last - moved.abs()).abs()).unbind(1)  # reflected at 0, then at `last`
+    return rows, torch.where(draws.mirrored[:, None], last - columns, columns)
 
 
 def normalise(pixels: Float[Tensor, "B 3 S S"] | UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
     """Pixels from 0…255 to -1…1, as the official code feeds them (input_pipeline.py)."""
-    return pixels.float() / 127.5 - 1
-
-
-def flip(images: UInt8[Tensor, "B 3 S S"], mirrored: Bool[Tensor, " B"]) -> UInt8[Tensor, "B 3 S S"]:
-    """Mirror left and right where `mirrored`."""
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-
-
-def shift(pixels: Float[Tensor, "B 3 S S"], by: Float[Tensor, "B 2"], most: int) -> Float[Tensor, "B 3 S S"]:
-    """Move each image down and right by `by` pixels, none of them more than `most`; what comes in is the reflection
-    of the edge. The same as padding by `most` and cutting a random square."""
-    size = pixels.shape[-1]
-    padded = F.pad(pixels, (most, most, most, most), mode="reflect")
-    along = torch.arange(size, device=pixels.device)
-    rows, columns = (most + along - by[:, axis, None].long() for axis in (0, 1))  # each (B, S)
-    picked = padded.permute(0, 2, 3, 1)[
-        torch.arange(len(pixels), device=pixels.device)[:, None, None], rows[:, :, None], columns[:, None, :]
-    ]
-    return picked.permute(0, 3, 1, 2)
+    return torch.div(pixels, 127.5).sub_(1)
 
 
 def rotate(pixels: Float[Tensor, "B 3 S S"], angle: Float[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:

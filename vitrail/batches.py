@@ -4,7 +4,9 @@ to go on in the middle of an epoch, and nothing depends on how a batch is divide
     B batch    S side of the image, in pixels
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -13,8 +15,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from vitrail.augment import augment, draw, normalise
+from vitrail.augment import Draws, draw, normalise, places, rotate, send
 from vitrail.cache import Images
+from vitrail.errors import BadInput
 from vitrail.recipes import Recipe
 
 STREAMS = {"order": 0, "augmentation": 1, "dropout": 2}
@@ -44,33 +47,68 @@ class Pixels:
         self.size = image_size
         self.device = device
         self.labels = torch.from_numpy(images.labels).to(device)
-        self.bytes: UInt8[Tensor, " bytes"] = (
-            torch.from_numpy(images.pixels).to(device) if beside is None else beside.bytes
+        self.colours: UInt8[Tensor, "pixels 3"] = (
+            torch.from_numpy(images.pixels).view(-1, 3).to(device) if beside is None else beside.colours
         )
-        self.offsets = torch.from_numpy(images.offsets).to(device)
+        self.begin = torch.from_numpy(images.offsets // 3).to(device)  # an image's first pixel
         self.sizes = torch.from_numpy(images.sizes).to(device)
-        area = image_size * image_size * 3
         # Where all are of the right size already, cutting is only picking rows of one array.
-        self.uniform = bool((images.sizes == image_size).all()) and not (images.offsets % area).any()
+        self.uniform = bool((images.sizes == image_size).all()) and not (images.offsets % (image_size**2 * 3)).any()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def cut(self, index: Int[Tensor, " B"], window: Float[Tensor, "B 2"]) -> UInt8[Tensor, "B 3 S S"]:
-        """A square of each image of `index`; `window` says where, from 0 (top, left) to 1 (bottom, right)."""
+    def cut(
+        self,
+        index: Int[Tensor, " B"],
+        window: Float[Tensor, "B 2"],
+        places: tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]] | None = None,
+    ) -> UInt8[Tensor, "B 3 S S"]:
+        """A square of each image of `index`; `window` says where, from 0 (top, left) to 1 (bottom, right), and
+        `places` which of its rows and columns to show, if not all in their order. In memory, colours come last."""
         size = self.size
-        if self.uniform:
-            area = size * size * 3
-            rows = self.bytes[: len(self.bytes) // area * area].view(-1, size, size, 3)
-            return rows[self.offsets[index] // area].permute(0, 3, 1, 2)
+        if self.uniform and places is None:
+            whole = len(self.colours) // size**2
+            squares = self.colours[: whole * size**2].view(whole, size, size, 3)
+            return squares[self.begin[index] // size**2].permute(0, 3, 1, 2)
         heights, widths = self.sizes[index].long().unbind(1)
         room = torch.stack([heights - size, widths - size], 1)
         top, left = (window * (room + 1)).long().minimum(room).unbind(1)
         along = torch.arange(size, device=self.device)
-        line = (top[:, None] + along) * widths[:, None]  # (B, S): where each row starts, in pixels
-        pixel = line[:, :, None] + (left[:, None] + along)[:, None, :]  # (B, S, S)
-        byte = self.offsets[index][:, None, None] + pixel * 3
-        return torch.stack([self.bytes[byte + channel] for channel in range(3)], dim=1)
+        rows, columns = places or (along, along)
+        row = self.begin[index, None] + (top[:, None] + rows) * widths[:, None]  # (B, S): the first pixel of each
+        pixel = row[:, :, None] + (left[:, None] + columns)[:, None, :]  # (B, S, S)
+        return self.colours.index_select(0, pixel.flatten()).view(len(index), size, size, 3).permute(0, 3, 1, 2)
+
+
+class Stopwatch:
+    """Seconds that a device spends in stretches of work, taken without waiting for it: on CUDA between two events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds = 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what the block takes."""
+        if self.cuda:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self.events.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Seconds since it was last read. The device must have done the work."""
+        seconds = self.seconds + sum(begin.elapsed_time(end) for begin, end in self.events) / 1e3
+        self.seconds = 0.0
+        self.events.clear()
+        return seconds
 
 
 class TrainingBatches:
@@ -83,6 +121,8 @@ class TrainingBatches:
     def __init__(self, pixels: Pixels, recipe: Recipe) -> None:
         self.pixels = pixels
         self.recipe = recipe
+        self.divided_by = recipe.accumulate
+        self.watch = Stopwatch(pixels.device)  # of what making batches takes
         self.permutation = lru_cache(maxsize=2)(self._permutation)
 
     @property
@@ -103,22 +143,46 @@ class TrainingBatches:
         epochs, places = np.divmod(position, len(self.pixels))
         return torch.cat([self.permutation(int(e))[torch.from_numpy(places[epochs == e])] for e in np.unique(epochs)])
 
+    def divide(self) -> None:
+        """Divide each batch into more parts from now on, as few more as make equal parts.
+
+        Raises:
+            BadInput: the parts are single images already.
+        """
+        batch = self.recipe.batch_size
+        if self.divided_by == batch:
+            raise BadInput(
+                "the device's memory does not hold what a single image takes; set --checkpoint-activations, "
+                "or take a smaller model or image."
+            )
+        self.divided_by = next(n for n in range(self.divided_by + 1, batch + 1) if batch % n == 0)
+
     def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
-        """Normalised images and labels of the step's batch, in `accumulate` equal parts."""
-        recipe = self.recipe
-        index = self.order(step)
-        draws = draw(recipe, len(index), generator(recipe.seed, "augmentation", step))
-        size = len(index) // recipe.accumulate
+        """Normalised images and labels of the step's batch, in `divided_by` equal parts."""
+        with self.watch.running():
+            index = self.order(step)
+            draws = draw(self.recipe, len(index), generator(self.recipe.seed, "augmentation", step))
+        size = len(index) // self.divided_by
         for start in range(0, len(index), size):
             rows = slice(start, start + size)
-            part, todo = index[rows].to(self.pixels.device), draws.part(rows)
-            images = self.pixels.cut(part, todo.window.to(self.pixels.device))
-            yield normalise(augment(images, todo, recipe)), self.pixels.labels[part]
+            with self.watch.running():
+                part = self.make(index[rows], draws.part(rows))
+            yield part
+
+    def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]:
+        """Those images, on the device, augmented and normalised, and their labels."""
+        index, draws = send(index, self.pixels.device), draws.to(self.pixels.device)
+        images = self.pixels.cut(index, draws.window, places(draws, self.pixels.size, self.recipe))
+        if self.recipe.rotate:
+            return normalise(rotate(images.float(), draws.angle)), self.pixels.labels[index]
+        return normalise(images), self.pixels.labels[index]
 
 
-def evaluation_batches(pixels: Pixels, batch_size: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
-    """Every image once, in order, its centre cut out; the last batch is as long as what is left."""
+def evaluation_batches(pixels: Pixels, batch_size: int) -> Iterator[tuple[Float[Tensor, "B 3 S S"], Int[Tensor, " b"]]]:
+    """Every image once, in order, its centre cut out. The last batch is filled up with its last image, for a compiled
+    model wants one shape; its labels are as many as the images that count."""
+    batch_size = min(batch_size, len(pixels))
     for start in range(0, len(pixels), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(pixels)), device=pixels.device)
-        centre = torch.full((len(index), 2), 0.5, device=pixels.device)
-        yield normalise(pixels.cut(index, centre)), pixels.labels[index]
+        index = torch.arange(start, start + batch_size, device=pixels.device).clamp(max=len(pixels) - 1)
+        centre = torch.full((batch_size, 2), 0.5, device=pixels.device)
+        yield normalise(pixels.cut(index, centre)), pixels.labels[index[: len(pixels) - start]]

@@ -75,7 +75,8 @@ def do_train(args: argparse.Namespace) -> str:
     lines = [
         headline(figures),
         f"{epochs} in {duration(figures['train_seconds'])} of training, "
-        f"{figures['images_per_second']:,.0f} images/s ({figures['device']}, {figures['precision']})",
+        f"{figures['images_per_second']:,.0f} images/s ({figures['device']}, {figures['precision']}), "
+        f"{figures['input_share']:.1%} of it for input; at most {figures['peak_memory'] / 1e9:.1f} GB of memory",
         "",
         f"look at  {result.run / 'report.html'}",
         f"then     vitrail evaluate {run}",

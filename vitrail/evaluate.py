@@ -93,7 +93,7 @@ def predict_split(
     with track(len(pixels), "evaluating", "images") as advance:
         for batch, label in evaluation_batches(pixels, batch_size):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(batch)
+                logits = model(batch)[: len(label)]
             # Figures are made on the processor: float64, which some devices lack, orders nearly equal probabilities.
             logits, label = logits.float().cpu(), label.cpu()
             best = F.softmax(logits.double(), dim=1).topk(min(top, logits.shape[1]))

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitrail.errors import BadInput
 
 LAYER_NORM_EPS = 1e-6
-# On a CPU plain matrix products beat torch's fused attention in training at 65 tokens (docs/log.md). They need memory
-# for the (T, T) matrices, so that long sequences, and GPUs, are left to the fused kernel.
+# On a CPU the backward pass of torch's fused attention is slower than plain matrix products up to here (docs/speed.md).
+# They need memory for the (T, T) matrices, so that long sequences, inference and GPUs are left to the fused kernel.
 PLAIN_ATTENTION_TOKENS = 256
 
 
@@ -131,27 +132,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        q, k, v = self.project(x)
-        if x.device.type == "cpu" and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
+    def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
+        """What the first `wanted` tokens, or all, take from all."""
+        q, k, v = self.project(x, wanted)
+        if x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
             heads = self.softmax(q, k) @ v
         else:
             heads = F.scaled_dot_product_attention(q, k, v)
-        return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, T, K) → (B, T, D)
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, wanted, K) → (B, wanted, D)
 
     def weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
         """How much each token (row) takes from each other (column): equation 6. Each row adds up to 1."""
         q, k, _ = self.project(x)
         return self.softmax(q, k)
 
-    def project(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B H T K"], ...]:
-        """Queries, keys and values of every head: equation 5."""
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        return q, k, v
+    def project(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> tuple[Float[Tensor, "B H _ K"], ...]:
+        """Queries of the first `wanted` tokens, or all, and keys and values of all, of every head: equation 5."""
+        width = x.shape[-1]
+        if wanted is None:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
+            q_bias, kv_bias = self.qkv.bias.split([width, 2 * width])
+            parts = F.linear(x[:, :wanted], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)
+        return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
 
     @staticmethod
-    def softmax(q: Float[Tensor, "B H T K"], k: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H T T"]:
+    def softmax(q: Float[Tensor, "B H Q K"], k: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H Q T"]:
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
 
 
@@ -180,8 +187,9 @@ class TransformerEncoderBlock(nn.Module):
         self.mlp = MLP(config.hidden_size, config.mlp_dim, config.dropout)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
+        """The first `wanted` tokens of the block's output, or all."""
+        x = x[:, :wanted] + self.dropout(self.attention(self.attention_norm(x), wanted))
         return x + self.mlp(self.mlp_norm(x))
 
     def attention_weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
@@ -199,6 +207,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        # Keep only what enters each block, and compute the rest again in the backward pass: less memory, more time.
+        self.checkpoint_activations = False
         width = config.hidden_size
         self.patch_embedding = PatchEmbedding(config.patch_size, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.classifier == "token" else None
@@ -216,7 +226,10 @@ class VisionTransformer(nn.Module):
         Raises:
             BadInput: the images are not of the shape that the model was made for.
         """
-        return self.forward_head(self.forward_encoder(self.embed(images)))
+        # A head that reads the class token leaves the last block's other outputs unread: they are not computed, which
+        # spares 14% of the work of 6 layers, 7% of 12 (docs/speed.md).
+        read = 1 if self.config.classifier == "token" else None
+        return self.forward_head(self.forward_encoder(self.embed(images), read))
 
     def embed(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B T D"]:
         """z_0 of equation 1: projected patches behind the class token, each with its position embedding."""
@@ -232,14 +245,21 @@ class VisionTransformer(nn.Module):
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return self.dropout(tokens + self.position_embedding)
 
-    def forward_encoder(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4."""
-        for block in self.blocks:
-            tokens = block(tokens)
+    def forward_encoder(self, tokens: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
+        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4; of the first `wanted` tokens, or all."""
+        for layer, block in enumerate(self.blocks, start=1):
+            tokens = self.run(block, tokens, wanted if layer == len(self.blocks) else None)
         return self.norm(tokens)
 
+    def run(self, block: nn.Module, tokens: Float[Tensor, "B T D"], wanted: int | None) -> Float[Tensor, "B wanted D"]:
+        """A block's output; with `checkpoint_activations`, only its input is kept for the backward pass."""
+        if self.training and self.checkpoint_activations:
+            return checkpoint(block, tokens, wanted, use_reentrant=False)
+        return block(tokens, wanted)
+
     def forward_head(self, encoded: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
-        """y of equation 4, from the class token or the mean of all tokens, and the classification head."""
+        """y of equation 4, from the class token or the mean of all tokens, and the classification head. A head that
+        reads the class token needs no others in `encoded`."""
         y = encoded[:, 0] if self.config.classifier == "token" else encoded.mean(dim=1)
         if self.pre_logits is not None:
             y = torch.tanh(self.pre_logits(y))

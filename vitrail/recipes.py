@@ -47,7 +47,10 @@ class Recipe:
     # The optimisation
     epochs: int = setting(100, "passes over the training images")
     batch_size: int = setting(200, "images a step")
-    accumulate: int = setting(1, "work through each batch in this many parts, to save memory")
+    accumulate: int = setting(1, "work through each batch in this many parts, to save memory (cuda finds it by itself)")
+    checkpoint_activations: bool = setting(
+        False, "keep only what enters each block, and compute the rest again: less memory, a third more time"
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "adam: its weight decay is coupled (L2)")
     lr: float = setting(1e-3, "peak learning rate")
     weight_decay: float = setting(0.0, "weight decay (adamw: decoupled, and not on biases, norms and embeddings)")
@@ -60,6 +63,7 @@ class Recipe:
     # Where and how
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: cuda, else mps, else cpu")
+    compile: bool = setting(False, "have torch compile the model: a slow start, then faster steps on a GPU")
     precision: Literal["fp32", "bf16"] = setting("fp32", "of the matrix products; weights and sums stay fp32")
 
     def __post_init__(self) -> None:

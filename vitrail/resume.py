@@ -17,6 +17,7 @@ class Progress:
     images: str  # a digest of what it trains on and is judged by, as `Dataset.digest` gives it
     step: int = 0  # steps done
     train_seconds: float = 0.0  # spent in steps, input included; evaluation and saving left out
+    input_seconds: float = 0.0  # of these, spent on making batches
     loss: float = 0.0  # sum over this epoch's steps
     correct: int = 0  # images of this epoch
     counted: int = 0  # steps of this epoch

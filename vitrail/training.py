@@ -1,4 +1,4 @@
-"""Training: `train_step` is one step, `fit` the loop around it, `train` a whole run, from a recipe to its page."""
+"""Training: `fit` is the loop around the steps, `train` a whole run, from a recipe to its page."""
 
 import json
 import math
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vitrail import cache
-from vitrail.batches import Pixels, TrainingBatches, stream_seed
+from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, read_about, write_tensors, write_text
 from vitrail.environment import describe
@@ -28,6 +27,7 @@ from vitrail.progress import TrainingDisplay, say
 from vitrail.recipes import Recipe, Resolved, resolve
 from vitrail.report import write_report
 from vitrail.resume import Progress, check_images, compare_launches, take_up
+from vitrail.step import peak_memory, train_step
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
 
@@ -38,31 +38,6 @@ class Result:
 
     run: Path
     results: dict[str, Any]
-
-
-def train_step(
-    model: VisionTransformer, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
-) -> Float[Tensor, "2"]:
-    """One step: the recipe's learning rate, the gradient of the mean loss over the batch, an update of the weights.
-
-    Returns the loss and the number of images recognised, still on the device, so that nothing waits for them.
-    """
-    recipe, device = batches.recipe, batches.pixels.device
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step, batches.steps)
-    torch.manual_seed(stream_seed(recipe.seed, "dropout", step))
-    outcome = torch.zeros(2, device=device)
-    for images, labels in batches.parts(step):
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels) / recipe.accumulate
-        loss.backward()
-        outcome += torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum()])
-    if recipe.clip is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return outcome
 
 
 def train(
@@ -99,6 +74,9 @@ def train(
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
     torch.manual_seed(chosen.seed)
     model = VisionTransformer(model_config(chosen, len(dataset.classes))).to(device)
+    model.checkpoint_activations = chosen.checkpoint_activations
+    if chosen.compile:
+        model.compile(dynamic=False)  # in place: the names of the weights stay
     optimizer = build_optimizer(model, chosen)
     progress = Progress(images=dataset.digest())
     launch = describe(device)
@@ -224,6 +202,7 @@ class Session:
         """
         outcomes = torch.stack(self.pending).tolist()
         self.pending.clear()
+        self.progress.input_seconds += self.batches.watch.read()
         first = self.progress.step - len(outcomes)
         for step, (loss, _) in enumerate(outcomes, start=first + 1):
             if not math.isfinite(loss):
@@ -256,6 +235,7 @@ class Session:
             "val_top5": found.top5,
             "train_seconds": progress.train_seconds,
             "images_per_second": self.samples_seen / progress.train_seconds,
+            "input_share": progress.input_seconds / progress.train_seconds,
         }
         self.run.add_metrics(metrics)
         for name, value in metrics.items():
@@ -263,7 +243,8 @@ class Session:
         events.flush()
         display.line(
             f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
-            f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s"
+            f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s, "
+            f"input {metrics['input_share']:.1%}"
         )
         progress.loss, progress.correct, progress.counted = 0.0, 0, 0
         return predictions
@@ -319,6 +300,8 @@ class Session:
             "samples_seen": self.samples_seen,
             "train_seconds": round(progress.train_seconds, 2),
             "images_per_second": round(self.samples_seen / progress.train_seconds, 1),
+            "input_share": round(progress.input_seconds / progress.train_seconds, 4),
+            "peak_memory": peak_memory(self.device),
             "device": self.device.type,
             "precision": recipe.precision,
             "seed": recipe.seed,

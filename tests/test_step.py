@@ -1,0 +1,115 @@
+"""A step's gradient is that of the whole batch, however memory divides it and whatever is computed twice."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.batches import Pixels, TrainingBatches
+from vitrail.cache import Images
+from vitrail.errors import BadInput
+from vitrail.model import VisionTransformer
+from vitrail.optimize import build_optimizer
+from vitrail.recipes import Recipe
+from vitrail.step import gradient, peak_memory, train_step
+from vitrail.training import model_config
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(
+    image_size=8, patch_size=4, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=2, batch_size=12, epochs=2,
+    flip=True, crop=1, rotate=5.0, clip=1.0,
+)  # fmt: skip
+
+
+class Cramped(VisionTransformer):
+    """A model on a device whose memory holds the activations of `room` images."""
+
+    room = 12
+
+    def forward(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B C"]:
+        logits = super().forward(images)
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+
+def setting(recipe: Recipe) -> tuple[Cramped, TrainingBatches]:
+    """A model with weights that are not zero, and its batches of random images."""
+    torch.manual_seed(0)
+    model = Cramped(model_config(recipe, 3))
+    torch.nn.init.normal_(model.head.weight)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    images = replace(Images.pack(list(pixels), [str(n) for n in range(20)]), labels=np.arange(20) % 3)
+    return model, TrainingBatches(Pixels(images, 8, CPU), recipe)
+
+
+def gradients(model: VisionTransformer) -> dict[str, Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 12])
+def test_parts_add_up_to_the_gradient_of_the_whole(accumulate: int) -> None:
+    model, batches = setting(RECIPE)
+    outcome = gradient(model, batches, 1)
+    again, divided = setting(replace(RECIPE, accumulate=accumulate))
+    torch.testing.assert_close(gradient(again, divided, 1), outcome)
+    torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("room", "parts"), [(11, 2), (5, 3), (1, 12)])
+def test_where_memory_runs_out_the_step_is_done_in_parts(
+    room: int, parts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(RECIPE, optimizer="sgd")  # Adam makes whole steps of gradients that are rounding errors
+    (model, batches), (again, divided) = setting(recipe), setting(recipe)
+    again.room = room
+    optimizer, other = build_optimizer(model, recipe), build_optimizer(again, recipe)
+    for step in range(3):
+        outcome = train_step(model, optimizer, batches, step)
+        torch.testing.assert_close(train_step(again, other, divided, step), outcome)
+    torch.testing.assert_close(dict(again.named_parameters()), dict(model.named_parameters()), atol=1e-5, rtol=1e-4)
+    assert divided.divided_by == parts
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"out of memory: each batch is now worked through in {parts} parts of {12 // parts} images"
+
+
+def test_where_not_even_one_image_fits_it_says_what_to_do() -> None:
+    model, batches = setting(RECIPE)
+    model.room = 0
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(BadInput, match="set --checkpoint-activations"):
+        train_step(model, build_optimizer(model, RECIPE), batches, 0)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def kept(model: VisionTransformer, batches: TrainingBatches) -> int:
+    """Numbers that the forward pass keeps for the backward pass, those of the weights left out."""
+    held: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        if not isinstance(saved, torch.nn.Parameter):
+            held[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes() // 4
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        gradient(model, batches, 0)
+    return sum(held.values())
+
+
+def test_activations_computed_twice_give_the_same_gradient_from_less_memory() -> None:
+    recipe = replace(RECIPE, dropout=0.2, num_layers=6)
+    (model, batches), (again, same) = setting(recipe), setting(recipe)
+    again.checkpoint_activations = True
+    outcome = gradient(model, batches, 1)
+    assert torch.equal(gradient(again, same, 1), outcome)  # the same noise of dropout too
+    assert all(torch.equal(weight, gradients(model)[name]) for name, weight in gradients(again).items())
+    assert kept(again, same) < 0.3 * kept(model, batches)
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    before = peak_memory(CPU)
+    block = torch.ones(before // 4)  # as much again, in float32
+    assert peak_memory(CPU) >= before + 0.9 * block.nbytes

@@ -1,0 +1,72 @@
+"""One training step: the gradient of a batch, in as many parts as memory asks for, and an update of the weights."""
+
+import contextlib
+import resource
+import sys
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.batches import TrainingBatches, stream_seed
+from vitrail.model import VisionTransformer
+from vitrail.optimize import learning_rate
+from vitrail.progress import say
+
+
+def train_step(
+    model: VisionTransformer, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
+) -> Float[Tensor, "2"]:
+    """One step: the recipe's learning rate, the gradient of the mean loss over the batch, an update of the weights.
+
+    Returns the loss and the number of images recognised, still on the device, so that nothing waits for them.
+
+    Raises:
+        BadInput: the device's memory does not hold what one image takes.
+    """
+    recipe = batches.recipe
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, step, batches.steps)
+    outcome = None
+    while outcome is None:
+        with contextlib.suppress(torch.OutOfMemoryError):  # which holds on to what was computed, until it is gone
+            outcome = gradient(model, batches, step)
+        if outcome is None:
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            batches.divide()
+            size = recipe.batch_size // batches.divided_by
+            say(f"out of memory: each batch is now worked through in {batches.divided_by} parts of {size} images")
+    if recipe.clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return outcome
+
+
+def gradient(model: VisionTransformer, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
+    """Leave the gradient of the mean loss over the step's batch in the weights; it does not depend on how many parts
+    the batch is divided into, but for rounding, and for the noise of dropout, which is drawn for each part.
+
+    Returns the loss and the number of images recognised.
+    """
+    recipe, device = batches.recipe, batches.pixels.device
+    torch.manual_seed(stream_seed(recipe.seed, "dropout", step))
+    outcome = torch.zeros(2, device=device)
+    for images, labels in batches.parts(step):
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels) / batches.divided_by
+        loss.backward()
+        outcome += torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum()])
+    return outcome
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has had so far, in bytes: of the GPU where it trains on one, else of the
+    machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
