@@ -5,7 +5,8 @@ from typing import Literal
 import pytest
 import torch
 
-from vitrail.model import VisionTransformer, ViTConfig
+from vitrail.config import ViTConfig
+from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer, learning_rate, parameter_groups
 from vitrail.recipes import RECIPES, Recipe
 

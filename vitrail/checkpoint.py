@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer, ViTConfig
+from vitrail.model import VisionTransformer
 from vitrail.recipes import Recipe, Resolved
 
 
@@ -230,7 +231,10 @@ class Run:
             known = {field.name for field in fields(ViTConfig)}
             if unknown := set(content["model"]) - known:
                 raise BadInput(f"{path} has settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
-            return ViTConfig(**content["model"]), tuple(map(str, content["classes"]))
+            shape = content["model"]
+            if shape.get("resnet_blocks") is not None:
+                shape["resnet_blocks"] = tuple(shape["resnet_blocks"])
+            return ViTConfig(**shape), tuple(map(str, content["classes"]))
         except FileNotFoundError:
             raise BadInput(f"{self.path} holds no model: {path} is missing.") from None
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -10,10 +10,8 @@ its tanh approximation, LayerNorm with an epsilon of 1e-6, dropout after the pos
 after each layer of the MLP, and the initial weights of `VisionTransformer.initialise`.
 """
 
-import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,60 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
+from vitrail.resnet import ResNet, lecun_normal_, out_channels
 
 LAYER_NORM_EPS = 1e-6
 # On a CPU the backward pass of torch's fused attention is slower than plain matrix products up to here (docs/speed.md).
 # They need memory for the (T, T) matrices, so that long sequences, inference and GPUs are left to the fused kernel.
 PLAIN_ATTENTION_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """The shape of a Vision Transformer. The defaults are ViT-B/16 as pre-trained on ImageNet.
-
-    Raises:
-        BadInput: a size does not divide as it must; the message says which sizes would do.
-    """
-
-    image_size: int = 224
-    patch_size: int = 16
-    hidden_size: int = 768
-    mlp_dim: int = 3072
-    num_heads: int = 12
-    num_layers: int = 12
-    num_classes: int = 1000
-    classifier: Literal["token", "gap"] = "token"
-    representation_size: int | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "num_classes"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"a model with {name} = {getattr(self, name)} cannot be; it must be at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.image_size % self.patch_size:
-            below = self.image_size - self.image_size % self.patch_size
-            sizes = " or ".join(str(size) for size in (below, below + self.patch_size) if size)
-            patches = ", ".join(str(n) for n in range(1, self.image_size + 1) if self.image_size % n == 0)
-            raise BadInput(
-                f"images of {self.image_size} pixels do not divide into patches of {self.patch_size}: "
-                f"take images of {sizes}, or patches of {patches}."
-            )
-        if self.hidden_size % self.num_heads:
-            heads = ", ".join(str(n) for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0)
-            raise BadInput(f"{self.num_heads} heads do not divide a width of {self.hidden_size}: take {heads} heads.")
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side of the image."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the length of the sequence: every patch, and the class token where there is one."""
-        return self.grid**2 + (self.classifier == "token")
 
 
 class Dropout(nn.Module):
@@ -103,20 +55,20 @@ class PatchEmbedding(nn.Module):
     A convolution whose stride is its kernel is that projection; its weight has the official code's layout, transposed.
     """
 
-    def __init__(self, patch_size: int, hidden_size: int) -> None:
+    def __init__(self, patch_size: int, hidden_size: int, channels: int = 3) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.projection = nn.Conv2d(3, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.projection = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B patches D"]:
+    def forward(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B patches D"]:
         return F.linear(self.patchify(images), self.projection.weight.flatten(1), self.projection.bias)
 
-    def patchify(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B patches pixels"]:
+    def patchify(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B patches pixels"]:
         """Cut images into patches, row by row; a patch's pixels are flattened channel first."""
         batch, channels, height, width = images.shape
         size = self.patch_size
         cells = images.reshape(batch, channels, height // size, size, width // size, size)
-        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, rows · columns, 3 · P · P)
+        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, rows · columns, channels · P · P)
 
 
 class Attention(nn.Module):
@@ -210,7 +162,9 @@ class VisionTransformer(nn.Module):
         # Keep only what enters each block, and compute the rest again in the backward pass: less memory, more time.
         self.checkpoint_activations = False
         width = config.hidden_size
-        self.patch_embedding = PatchEmbedding(config.patch_size, width)
+        blocks = config.resnet_blocks
+        self.resnet = ResNet(blocks) if blocks is not None else None
+        self.patch_embedding = PatchEmbedding(config.patch_size, width, 3 if blocks is None else out_channels(blocks))
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.classifier == "token" else None
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.dropout = Dropout(config.dropout)
@@ -240,7 +194,8 @@ class VisionTransformer(nn.Module):
                 mend = "repeat a grey channel three times, or drop transparency"
             shape = tuple(images.shape)
             raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
-        tokens = self.patch_embedding(images)
+        # The hybrid cuts its patches out of a ResNet's feature map instead of the image (section 3.1).
+        tokens = self.patch_embedding(images if self.resnet is None else self.resnet(images))
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return self.dropout(tokens + self.position_embedding)
@@ -306,6 +261,8 @@ class VisionTransformer(nn.Module):
         of the biases: a new model gives each class the same probability.
         """
         lecun_normal_(self.patch_embedding.projection)
+        if self.resnet is not None:
+            self.resnet.initialise()
         nn.init.normal_(self.position_embedding, std=0.02)
         for module in self.modules():
             if isinstance(module, Attention):
@@ -323,14 +280,6 @@ class VisionTransformer(nn.Module):
             lecun_normal_(self.pre_logits)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-
-def lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
-    """Flax's default: a normal cut off at two standard deviations, of variance 1 / fan-in after the cut; bias 0."""
-    std = 1 / math.sqrt(layer.weight[0].numel()) / 0.87962566103423978  # the cut leaves 0.8796 of the deviation
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 def resize_position_embedding(

@@ -17,10 +17,11 @@ from vitrail import cache
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, read_about, write_tensors, write_text
+from vitrail.config import ViTConfig
 from vitrail.environment import describe
 from vitrail.errors import BadInput, Diverged, Stopped
 from vitrail.evaluate import Predictions, figures, pick_device, predict_split
-from vitrail.model import VisionTransformer, ViTConfig
+from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer, learning_rate
 from vitrail.process import deterministic, keep_freed_memory, stop_signals
 from vitrail.progress import TrainingDisplay, say

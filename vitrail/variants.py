@@ -1,10 +1,11 @@
-"""The paper's models by name (table 1), and the others that the official code has (configs/models.py)."""
+"""The paper's models by name (table 1), and the others, hybrids too, that the official code has (configs/models.py)."""
 
 from dataclasses import replace
 from typing import Any
 
+from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer, ViTConfig
+from vitrail.model import VisionTransformer
 from vitrail.recipes import nearest
 
 # hidden_size, mlp_dim, num_heads, num_layers
@@ -38,6 +39,12 @@ VARIANTS: dict[str, ViTConfig] = {
     "ViT-H/14": _config("H", 14, dropout=0.1),
     "ViT-S/16-gap": _config("S", 16, classifier="gap"),
     "ViT-B/16-gap": _config("B", 16, classifier="gap"),
+    # Hybrids. Their patches are of the feature map: `R50+ViT-B/16` sees 16 × 16 pixels of the image in each.
+    "R+ViT-Ti/16": _config("Ti", 8, resnet_blocks=()),
+    "R26+ViT-S/32": _config("S", 1, resnet_blocks=(2, 2, 2, 2)),
+    "R26+ViT-B/32": _config("B", 1, resnet_blocks=(2, 2, 2, 2)),
+    "R50+ViT-B/16": _config("B", 1, resnet_blocks=(3, 4, 9), dropout=0.1),
+    "R50+ViT-L/32": _config("L", 1, resnet_blocks=(3, 4, 6, 3), dropout=0.1),
 }
 
 

@@ -1,0 +1,179 @@
+"""Weights from elsewhere: every name that official checkpoints use, and files that are damaged or mean harm."""
+
+import io
+import pickle
+import random
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vitrail
+from vitrail.checkpoint import Run
+from vitrail.config import ViTConfig
+from vitrail.errors import BadInput
+from vitrail.model import VisionTransformer
+from vitrail.official import RENAMED
+
+GOLDEN = Path(__file__).parent / "golden"
+FUZZED = 2000  # files of each kind
+ROOM = 400e6  # bytes that reading thousands of them may add to the process; they have 20 KB each
+
+
+def arrays_of(case: str) -> dict[str, np.ndarray[Any, Any]]:
+    with np.load(GOLDEN / f"{case}.npz") as file:
+        return dict(file)
+
+
+def save(path: Path, arrays: dict[str, np.ndarray[Any, Any]], compressed: bool = False) -> None:
+    write = np.savez_compressed if compressed else np.savez
+    write(path, **arrays)  # type: ignore[arg-type]  # it takes an option by name too, so that names look like options
+
+
+def backslashes(name: str) -> str:
+    return name.replace("/", "\\")
+
+
+def with_optimizer(name: str) -> str:
+    return f"opt/target/{name}"
+
+
+def of_later_code(name: str) -> str:
+    return "params/" + "/".join(RENAMED.get(part, part) for part in name.split("/"))
+
+
+@pytest.mark.parametrize("case", ["token", "gap", "pre-logits", "hybrid"])
+@pytest.mark.parametrize("rename", [backslashes, with_optimizer, of_later_code])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_all_names_of_official_checkpoints_are_understood(
+    case: str, rename: Callable[[str], str], compressed: bool, tmp_path: Path
+) -> None:
+    renamed = {rename(name): array for name, array in arrays_of(case).items()}
+    save(tmp_path / "renamed.npz", renamed, compressed)
+    found, expected = vitrail.load(tmp_path / "renamed.npz"), vitrail.load(GOLDEN / f"{case}.npz")
+    assert found.config == expected.config
+    assert all(torch.equal(found.state_dict()[name], weight) for name, weight in expected.state_dict().items())
+
+
+def test_an_optimizers_state_beside_the_weights_does_no_harm(tmp_path: Path) -> None:
+    arrays = arrays_of("token")
+    more = {f"opt/state/param_states/{name}/momentum": array for name, array in arrays.items()}
+    save(tmp_path / "a.npz", {f"opt/target/{name}": array for name, array in arrays.items()} | more)
+    assert vitrail.load(tmp_path / "a.npz").config == vitrail.load(GOLDEN / "token.npz").config
+
+
+def npz(header: bytes, content: bytes = b"", name: str = "embedding/kernel.npy") -> bytes:
+    """An archive of one array whose header says what it likes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A gigabyte of zeros in a megabyte."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("head/bias.npy", "w") as file:
+        file.write(b"\x93NUMPY\x01\x00")
+        for _ in range(1000):
+            file.write(bytes(1 << 20))
+    return buffer.getvalue()
+
+
+def objects() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, cls=np.array([{"a": 1}], dtype=object))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as a NumPy archive"),
+        (b"no archive", "cannot be read as a NumPy archive"),
+        (pickle.dumps({"weight": 1}), "cannot be read as a NumPy archive"),
+        (objects(), "not one of numbers"),
+        (bomb(), "says that it holds 1,048,57.,...: it is not read"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 2)}\n"), "is not what the"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4,)}\n", bytes(16)), "is not what the"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(12)), "is not what the"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(16)), "not of the shapes"),
+        (npz(b"__import__('os').system('true')\n"), "cannot be read as a NumPy archive"),
+        (npz(b"x = 1", name="a.txt"), "cannot be read as a NumPy archive"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file.npz").write_bytes(content)
+    with pytest.raises(BadInput, match=f"file.npz.*{message}"):
+        vitrail.load(tmp_path / "file.npz")
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    arrays = arrays_of("token")
+    del arrays["Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"]
+    save(tmp_path / "a.npz", arrays)
+    with pytest.raises(BadInput, match=r"encoderblock_1/MlpBlock_0/Dense_0/kernel' is missing"):
+        vitrail.load(tmp_path / "a.npz")
+
+
+def damaged(content: bytes, noise: random.Random) -> bytes:
+    """Cut off, or with bits turned over, or both."""
+    if noise.random() < 0.3:
+        content = content[: noise.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(noise.choice([0, 1, 1, 2, 8, 64]) if changed else 0):
+        # Headers are where harm is done: most of the time they are hit.
+        near = min(len(changed), 4096) if noise.random() < 0.7 else len(changed)
+        place = noise.randrange(near) if noise.random() < 0.7 else len(changed) - 1 - noise.randrange(near)
+        changed[place] ^= 1 << noise.randrange(8)
+    return bytes(changed)
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "config"])
+def test_damaged_files_are_refused_or_read_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    config = ViTConfig(image_size=8, patch_size=4, hidden_size=8, mlp_dim=8, num_heads=2, num_layers=1, num_classes=3)
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(config), ("a", "b", "c"))
+    source: Path = run.path
+    file = run.path / "model" / ("config.json" if kind == "config" else "model.safetensors")
+    if kind == "npz":
+        small = {name: array for name, array in arrays_of("token").items() if "encoderblock_1" not in name}
+        source = file = tmp_path / "small.npz"
+        save(file, small)
+    whole, noise, before = file.read_bytes(), random.Random(0), peak()
+    refusals = []
+    for _ in range(FUZZED):
+        file.write_bytes(damaged(whole, noise))
+        try:
+            vitrail.load(source)
+        except BadInput as error:
+            refusals.append(str(error))
+    assert FUZZED / 4 < len(refusals) < FUZZED
+    assert kind == "config" or all(str(tmp_path) in refusal for refusal in refusals)
+    assert peak() - before < ROOM
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_opened(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3)), ("a", "b", "c"))
+    weights = run.path / "model" / "model.safetensors"
+    weights.unlink()
+    torch.save({"head.weight": torch.zeros(1)}, weights)
+    with pytest.raises(BadInput, match=r"model\.safetensors"):
+        vitrail.load(run.path)
+    save_file({"head.weight": torch.zeros(1)}, weights)
+    with pytest.raises(BadInput, match=r"model\.safetensors"):
+        vitrail.load(run.path)
