@@ -6,15 +6,16 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+# of the environment that the target lies in
+PIP = $(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help install train test check format clean
+.PHONY: help install train test bench check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  ARGS="…"      more arguments for vitrail train or pytest: make train ARGS="vit-12 --data tiny-imagenet"'
+	@echo '  ARGS="…"      more arguments for vitrail train, vitrail bench or pytest: make train ARGS="vit-12 --data tiny-imagenet"'
 	@echo '  PIP_ARGS="…"  more arguments for pip, such as an index that has torch without CUDA, which is far smaller'
 	@echo '  PYTHON=…      the Python (>= 3.11) to make the environment with'
 
@@ -26,6 +27,9 @@ train: .venv/installed ## make the environment, train the recipe digits (under a
 test: .venv/installed-dev ## make the environment and run the tests
 	@$(BIN)/pytest $(ARGS)
 
+bench: .venv-bench/installed ## measure speed beside timm, vit-pytorch, transformers and torchvision → docs/speed.md
+	@.venv-bench/bin/vitrail bench --output docs/speed.md $(ARGS)
+
 check: .venv/installed-dev ## format, lint and strict types, as CI does; nothing is changed
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -35,20 +39,30 @@ format: .venv/installed-dev ## put the code in its format, and mend what ruff ca
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-clean: ## remove the environment and all caches of tools; runs/ is left alone
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
+clean: ## remove the environments and all caches of tools; runs/ is left alone
+	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache build dist
 	find vitrail tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment is made anew when what it is made from has changed.
-.venv/installed: pyproject.toml constraints.txt
+define environment
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Vitrail needs Python 3.11 or later; name one with: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version); Vitrail needs 3.11 or later. Name one with: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make environments; on Debian and Ubuntu, install the package python3-venv."; exit 1; }
-	@echo "Making the environment in .venv (torch is large: some minutes the first time) …"
-	@$(PYTHON) -m venv --clear .venv
+	@echo "Making the environment in $(@D) (torch is large: some minutes the first time) …"
+	@$(PYTHON) -m venv --clear $(@D)
+endef
+
+# An environment is made anew when what it is made from has changed.
+.venv/installed: pyproject.toml constraints.txt
+	$(environment)
 	@$(PIP) --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# One of its own: what is compared with is nothing that Vitrail needs.
+.venv-bench/installed: pyproject.toml constraints.txt
+	$(environment)
+	@$(PIP) --editable '.[bench]'
 	@touch $@

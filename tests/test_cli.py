@@ -79,7 +79,7 @@ def test_help_shows_every_setting_with_the_value_of_the_recipe(capsys: pytest.Ca
     assert main(["train", "vit-12", "-h"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "passes over the training images (150)" in text
-    assert "mirror half of the training images (yes)" in text
+    assert "every other time that it comes (random)" in text
     for setting in dataclasses.fields(Recipe):
         assert f"--{setting.name.replace('_', '-')}" in text
         assert setting.metadata["help"] in text
@@ -89,7 +89,7 @@ def test_help_shows_every_setting_with_the_value_of_the_recipe(capsys: pytest.Ca
     ("words", "recipe"),
     [
         (["--data", "digits", "vit-12"], "vit-12"),
-        (["--resume", "--flip", "vit-12", "--output", "digits"], "vit-12"),
+        (["--resume", "--compile", "vit-12", "--output", "digits"], "vit-12"),
         (["--data=vit-12"], "digits"),
         (["--output", "vit-12"], "digits"),
         (["vit-12", "--epochs", "many"], "vit-12"),
@@ -168,7 +168,7 @@ def test_files_and_flags_in_any_order() -> None:
         (["train", "vit12"], "no recipe 'vit12'; did you mean 'vit-12'?"),
         (["train", "--epoch", "3"], "no flag --epoch; did you mean '--epochs'?"),
         (["train", "--epoch=3"], "no flag --epoch; did you mean '--epochs'?"),
-        (["train", "--no-flp"], "no flag --no-flp; did you mean '--no-flip'?"),
+        (["train", "--no-compil"], "no flag --no-compil; did you mean '--no-compile'?"),
         (["train", "--optimizer", "adamm"], "'adamm' is not one of adamw, adam, sgd; did you mean"),
         (["train", "--precision", "x"], "'x' is not one of fp32, bf16. "),
         (["train", "--epochs", "3.5"], "--epochs: '3.5' is no whole number"),
@@ -342,7 +342,11 @@ def test_train_says_how_well_it_went_and_where_to_look(place: Path) -> None:
     figures, training, empty, *then = (place / "digits.txt").read_text().splitlines()
     assert figures.startswith(f"top-1 {results['top1']:.3f}, top-5 {results['top5']:.3f}, loss {results['loss']:.3f}, ")
     assert figures.endswith(" on 359 images (digits, test)")
-    assert re.fullmatch(r"1 epoch in \d+\.\d s of training, [\d,]+ images/s \(cpu, fp32\)", training)
+    assert re.fullmatch(
+        r"1 epoch in \d+\.\d s of training, [\d,]+ images/s \(cpu, fp32\), \d+\.\d% of it for input; "
+        r"at most \d\.\d GB of memory",
+        training,
+    )
     assert [empty, *then] == [
         "",
         "look at  runs/digits/report.html",

@@ -3,18 +3,26 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage  # type: ignore[import-untyped]
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
-from vitrail.config import ViTConfig
+from vitrail.config import Gelu, ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import Attention, Dropout, VisionTransformer, resize_position_embedding
-from vitrail.variants import VARIANTS
+from vitrail.model import (
+    MLP,
+    Attention,
+    Dropout,
+    TransformerEncoderBlock,
+    VisionTransformer,
+    resize_position_embedding,
+)  # fmt: skip
+from vitrail.variants import VARIANTS, flops
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
@@ -201,6 +209,56 @@ def test_position_embeddings_resize_to_rectangles() -> None:
     torch.testing.assert_close(resized, torch.linspace(0, 1, 7)[:, None, None].expand(7, 5, 2))
 
 
+@pytest.mark.parametrize("classes", [0, 1])
+@pytest.mark.parametrize(("grid", "new"), [((4, 3), (7, 5)), ((6, 9), (5, 14)), ((7, 2), (3, 3)), ((2, 2), (9, 4))])
+def test_rectangular_position_embeddings_resize_as_in_the_official_code(
+    grid: tuple[int, int], new: tuple[int, int], classes: int
+) -> None:
+    """Its checkpoint.py: SciPy's zoom of order 1, of the grid alone."""
+    embedding = torch.randn(1, classes + grid[0] * grid[1], 5, generator=torch.Generator().manual_seed(0))
+    cells = embedding[0, classes:].reshape(*grid, 5).numpy()
+    expected = ndimage.zoom(cells, (new[0] / grid[0], new[1] / grid[1], 1), order=1)
+    resized = resize_position_embedding(embedding, grid, new)
+    assert torch.equal(resized[:, :classes], embedding[:, :classes])
+    np.testing.assert_allclose(resized[0, classes:].reshape(*new, 5), expected, atol=1e-5)
+
+
+def test_gelu_and_epsilon_are_the_configs() -> None:
+    x = torch.randn(1, 50, 1) * 3
+    expected = {"exact": x * (1 + torch.erf(x / 2**0.5)) / 2, "tanh": official_gelu(x)}
+    for gelu in get_args(Gelu):
+        mlp = MLP(1, 1, 0.0, gelu)
+        for layer in (mlp.hidden, mlp.out):
+            torch.nn.init.ones_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+        torch.testing.assert_close(mlp(x), expected[gelu], atol=1e-6, rtol=0)
+        block = VisionTransformer(replace(SMALL, gelu=gelu)).blocks[0]
+        assert isinstance(block, TransformerEncoderBlock)
+        assert block.mlp.approximate == mlp.approximate
+    model = VisionTransformer(replace(SMALL, layer_norm_eps=0.25))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {0.25}
+    assert len(norms) == 2 * SMALL.num_layers + 1
+    assert (ViTConfig().gelu, ViTConfig().layer_norm_eps) == ("tanh", 1e-6)
+
+
+def official_gelu(x: torch.Tensor) -> torch.Tensor:
+    """flax.linen.gelu, as the official code calls it."""
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_flops_are_those_that_torch_counts(name: str) -> None:
+    config = replace(VARIANTS[name], num_layers=2, num_classes=10, dropout=0.0)
+    for size in (64, 224) if config.patch_size != 14 else (56, 224):
+        shape = replace(config, image_size=size)
+        with torch.device("meta"):
+            model, images = VisionTransformer(shape), torch.empty(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            model.forward_head(model.forward_encoder(model.embed(images)))
+        assert flops(shape) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -211,6 +269,14 @@ def test_position_embeddings_resize_to_rectangles() -> None:
         ({"num_heads": 0}, "num_heads = 0 cannot be"),
         ({"image_size": 0}, "image_size = 0 cannot be"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"num_layers": 2.0}, "num_layers = 2.0 cannot be; it must be a whole number"),
+        ({"mlp_dim": 1 << 18}, "mlp_dim = 262144 cannot be; it must be at most 131,072"),
+        ({"representation_size": -1}, "representation_size = -1 cannot be; it must be at least 1"),
+        ({"classifier": "mean"}, "classifier is 'mean'; it must be one of token, gap"),
+        ({"gelu": "fast"}, "gelu is 'fast'; it must be one of tanh, exact"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0; it must be above 0"),
+        ({"resnet_blocks": (3, "4")}, r"stages of \(3, '4'\) cannot be"),
+        ({"resnet_blocks": (900, 900)}, "more than 1,000 layers"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused_with_those_that_can(changed: dict[str, Any], message: str) -> None:

@@ -5,22 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.batches import Pixels, TrainingBatches
+from vitrail.batches import Pixels, Targets, TrainingBatches
 from vitrail.cache import Images
 from vitrail.errors import BadInput
 from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer
 from vitrail.recipes import Recipe
-from vitrail.step import gradient, peak_memory, train_step
+from vitrail.step import gradient, mean_loss, peak_memory, train_step
 from vitrail.training import model_config
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(
     image_size=8, patch_size=4, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=2, batch_size=12, epochs=2,
-    flip=True, crop=1, rotate=5.0, clip=1.0,
+    flip="random", crop=1, rotate=5.0, clip=1.0,
 )  # fmt: skip
 
 
@@ -50,13 +51,49 @@ def gradients(model: VisionTransformer) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 12])
-def test_parts_add_up_to_the_gradient_of_the_whole(accumulate: int) -> None:
-    model, batches = setting(RECIPE)
+@pytest.mark.parametrize(("accumulate", "mixup"), [(2, 0.0), (3, 0.0), (12, 0.0), (2, 0.5), (6, 0.5)])
+def test_parts_add_up_to_the_gradient_of_the_whole(accumulate: int, mixup: float) -> None:
+    recipe = replace(RECIPE, mixup=mixup)
+    model, batches = setting(recipe)
     outcome = gradient(model, batches, 1)
-    again, divided = setting(replace(RECIPE, accumulate=accumulate))
+    again, divided = setting(replace(recipe, accumulate=accumulate))
     torch.testing.assert_close(gradient(again, divided, 1), outcome)
     torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-4)
+
+
+def some_logits() -> tuple[Tensor, Targets]:
+    """Of seven images and five classes."""
+    random = torch.Generator().manual_seed(0)
+    labels, others = torch.randint(5, (2, 7), generator=random)
+    return torch.randn(7, 5, generator=random) * 3, Targets(labels, others, torch.rand(7, generator=random))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixes", [{}, {"mixup": 0.8}, {"cutmix": 1.0}], ids=["plain", "mixup", "cutmix"])
+def test_the_loss_is_that_of_soft_labels_by_numpy(smoothing: float, mixes: dict[str, float]) -> None:
+    logits, targets = some_logits()
+    if not mixes:
+        targets = Targets(targets.labels, targets.labels, torch.ones(7))
+    one_hot, share = np.eye(5), targets.share.double().numpy()[:, None]
+    wanted = share * one_hot[targets.labels] + (1 - share) * one_hot[targets.others]
+    wanted = (1 - smoothing) * wanted + smoothing / 5
+    exact = logits.double().numpy()
+    logs = exact - np.log(np.exp(exact).sum(1, keepdims=True))
+    loss = mean_loss(logits, targets, Recipe(label_smoothing=smoothing, **mixes))  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(-(wanted * logs).sum(1).mean(), rel=1e-6)
+
+
+def test_the_loss_of_images_that_are_not_mixed_has_the_bits_of_torchs() -> None:
+    logits, targets = some_logits()
+    assert torch.equal(mean_loss(logits, targets, Recipe()), F.cross_entropy(logits, targets.labels))
+
+
+def test_a_mixed_image_is_recognised_by_its_own_class() -> None:
+    model, batches = setting(replace(RECIPE, mixup=0.5))
+    _, correct = gradient(model, batches, 1)
+    ((images, targets),) = batches.parts(1)
+    assert not torch.equal(targets.labels, targets.others)
+    assert correct == (model(images).argmax(1) == targets.labels).sum()
 
 
 @pytest.mark.parametrize(("room", "parts"), [(11, 2), (5, 3), (1, 12)])

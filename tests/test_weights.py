@@ -1,6 +1,7 @@
 """Weights from elsewhere: every name that official checkpoints use, and files that are damaged or mean harm."""
 
 import io
+import json
 import pickle
 import random
 import struct
@@ -162,8 +163,36 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(kind: str, tmp_path:
         except BadInput as error:
             refusals.append(str(error))
     assert FUZZED / 4 < len(refusals) < FUZZED
-    assert kind == "config" or all(str(tmp_path) in refusal for refusal in refusals)
+    assert all(str(tmp_path) in refusal for refusal in refusals)
     assert peak() - before < ROOM
+
+
+def test_run_folders_of_before_gelu_and_epsilon_were_settings_are_read(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3)), ("a", "b", "c"))
+    path = run.path / "model" / "config.json"
+    content = json.loads(path.read_text())
+    del content["model"]["gelu"], content["model"]["layer_norm_eps"]
+    path.write_text(json.dumps(content))
+    assert vitrail.load(run.path).config == ViTConfig(16, 4, 8, 8, 2, 1, 3)
+    content["model"]["colour"] = "red"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"config\.json: settings that this version of Vitrail lacks: colour"):
+        vitrail.load(run.path)
+
+
+def test_a_part_of_a_run_folder_is_answered_with_the_whole(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3)), ("a", "b", "c"))
+    with pytest.raises(BadInput, match=f"model is a part of a run folder; name the whole, {run.path}"):
+        vitrail.load(run.path / "model")
+
+
+def test_a_new_head_takes_the_place_of_the_whole_old_one() -> None:
+    model = vitrail.load(GOLDEN / "pre-logits.npz", num_classes=7)
+    assert (model.config.num_classes, model.config.representation_size) == (7, None)
+    assert not model.head.weight.any()
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_a_pickle_in_the_place_of_weights_is_not_opened(tmp_path: Path) -> None:

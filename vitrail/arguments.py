@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -122,3 +123,18 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def add_run(parser: Parser) -> None:
+    """The run folder that a command works on."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/digits")
+
+
+def add_data(parser: Parser) -> None:
+    """Where the images are, if not where the run had them."""
+    parser.add_argument("--data", metavar="D", help="where the images are (where they were in training)")
+
+
+def add_json(parser: Parser) -> None:
+    """For programs to read."""
+    parser.add_argument("--json", action="store_true", help="print JSON")

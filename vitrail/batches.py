@@ -7,28 +7,31 @@ to go on in the middle of an epoch, and nothing depends on how a batch is divide
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from vitrail.augment import Draws, draw, normalise, places, rotate, send
+from vitrail.augment import Draws, augment, draw, normalise, partners, places, send
 from vitrail.cache import Images
+from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
 from vitrail.recipes import Recipe
 
-STREAMS = {"order": 0, "augmentation": 1, "dropout": 2}
+Stream = Literal["order", "augmentation", "dropout", "directions"]
+STREAMS: dict[Stream, int] = {"order": 0, "augmentation": 1, "dropout": 2, "directions": 3}
 
 
-def stream_seed(seed: int, stream: Literal["order", "augmentation", "dropout"], number: int) -> int:
+def stream_seed(seed: int, stream: Stream, number: int) -> int:
     """A seed of its own for each use of randomness and each step or epoch `number`."""
     return int(np.random.SeedSequence([seed, STREAMS[stream], number]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def generator(seed: int, stream: Literal["order", "augmentation", "dropout"], number: int) -> torch.Generator:
+def generator(seed: int, stream: Stream, number: int) -> torch.Generator:
     """A fresh generator, on the processor whatever the device, so that every device draws the same numbers."""
     return torch.Generator().manual_seed(stream_seed(seed, stream, number))
 
@@ -111,11 +114,22 @@ class Stopwatch:
         return seconds
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What each image of a batch shows: `share` of the class `labels`, and the rest of the class `others`."""
+
+    labels: Int[Tensor, " b"]
+    others: Int[Tensor, " b"]
+    share: Float[Tensor, " b"]
+
+
 class TrainingBatches:
     """The endless, shuffled and augmented sequence of batches that a recipe trains on.
 
     Epochs follow one another without a gap: step s takes the images from s·B to (s + 1)·B of that sequence, so that
-    every image is seen as often as every other, and all batches have the same size.
+    every image is seen as often as every other, and all batches have the same size. With R repeats (1901.09335), it
+    takes those from s·B/R to (s + 1)·B/R, each R times: an epoch is still as many images as there are, now some of them
+    R times, and all have been seen after R epochs. DeiT counts so too, but has the copies on as many GPUs.
     """
 
     def __init__(self, pixels: Pixels, recipe: Recipe) -> None:
@@ -138,30 +152,52 @@ class TrainingBatches:
         return torch.randperm(len(self.pixels), generator=generator(self.recipe.seed, "order", epoch))
 
     def order(self, step: int) -> Int[Tensor, " B"]:
-        """Which images the step takes."""
-        position = np.arange(step * self.recipe.batch_size, (step + 1) * self.recipe.batch_size)
-        epochs, places = np.divmod(position, len(self.pixels))
-        return torch.cat([self.permutation(int(e))[torch.from_numpy(places[epochs == e])] for e in np.unique(epochs)])
+        """Which images the step takes. Copies of an image are not neighbours, for neighbours are mixed."""
+        passes, places = self._positions(step)
+        order = [self.permutation(int(p))[torch.from_numpy(places[passes == p])] for p in np.unique(passes)]
+        return torch.cat(order).repeat(self.recipe.repeats)
+
+    def _positions(self, step: int) -> tuple[Int[np.ndarray, " distinct"], Int[np.ndarray, " distinct"]]:
+        """Of each different image of the step: in which pass over all images it comes, and at which place there."""
+        distinct = self.recipe.batch_size // self.recipe.repeats
+        return np.divmod(np.arange(step * distinct, (step + 1) * distinct), len(self.pixels))
+
+    def directions(self, step: int) -> Bool[Tensor, " B"]:
+        """Whether each image of the step is mirrored where flips alternate (2404.00498): at random when the image first
+        comes, and from then on as it was not the time before. There, an image comes once an epoch."""
+        repeats = self.recipe.repeats
+        passes = torch.from_numpy(self._positions(step)[0])
+        times = passes.repeat(repeats) * repeats + torch.arange(repeats).repeat_interleave(len(passes))
+        return self.first_directions[self.order(step)] ^ (times % 2 == 1)
+
+    @cached_property
+    def first_directions(self) -> Bool[Tensor, " images"]:
+        """Whether each image is mirrored the first time."""
+        return torch.rand(len(self.pixels), generator=generator(self.recipe.seed, "directions", 0)) < 0.5
 
     def divide(self) -> None:
         """Divide each batch into more parts from now on, as few more as make equal parts.
 
         Raises:
-            BadInput: the parts are single images already.
+            BadInput: the parts are single images already, or single pairs where pairs are mixed.
         """
-        batch = self.recipe.batch_size
-        if self.divided_by == batch:
+        least = 2 if self.recipe.mixes else 1  # images of a part
+        most = self.recipe.batch_size // least
+        if self.divided_by == most:
+            what = "a single image takes" if least == 1 else "a pair of images takes"
             raise BadInput(
-                "the device's memory does not hold what a single image takes; set --checkpoint-activations, "
+                f"the device's memory does not hold what {what}; set --checkpoint-activations, "
                 "or take a smaller model or image."
             )
-        self.divided_by = next(n for n in range(self.divided_by + 1, batch + 1) if batch % n == 0)
+        self.divided_by = next(n for n in range(self.divided_by + 1, most + 1) if most % n == 0)
 
-    def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
-        """Normalised images and labels of the step's batch, in `divided_by` equal parts."""
+    def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Targets]]:
+        """Normalised images of the step's batch and what they show, in `divided_by` equal parts."""
         with self.watch.running():
             index = self.order(step)
             draws = draw(self.recipe, len(index), generator(self.recipe.seed, "augmentation", step))
+            if self.recipe.flip == "alternate":
+                draws = replace(draws, mirrored=self.directions(step))
         size = len(index) // self.divided_by
         for start in range(0, len(index), size):
             rows = slice(start, start + size)
@@ -169,20 +205,34 @@ class TrainingBatches:
                 part = self.make(index[rows], draws.part(rows))
             yield part
 
-    def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]:
-        """Those images, on the device, augmented and normalised, and their labels."""
+    def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Targets]:
+        """Those images, on the device, augmented and normalised, and what they show."""
         index, draws = send(index, self.pixels.device), draws.to(self.pixels.device)
         images = self.pixels.cut(index, draws.window, places(draws, self.pixels.size, self.recipe))
-        if self.recipe.rotate:
-            return normalise(rotate(images.float(), draws.angle)), self.pixels.labels[index]
-        return normalise(images), self.pixels.labels[index]
+        labels = self.pixels.labels[index]
+        if draws.mix is None:
+            targets = Targets(labels, labels, torch.ones(len(labels), device=labels.device))
+        else:
+            targets = Targets(labels, partners(labels), draws.mix.share)
+        return augment(images, draws, self.recipe), targets
 
 
-def evaluation_batches(pixels: Pixels, batch_size: int) -> Iterator[tuple[Float[Tensor, "B 3 S S"], Int[Tensor, " b"]]]:
-    """Every image once, in order, its centre cut out. The last batch is filled up with its last image, for a compiled
-    model wants one shape; its labels are as many as the images that count."""
+def evaluation_batches(
+    pixels: Pixels, batch_size: int, mean: Colours = HALF, std: Colours = HALF
+) -> Iterator[tuple[Float[Tensor, "B 3 S S"], Int[Tensor, " b"]]]:
+    """Every image once, in order, its centre cut out, normalised by `mean` and `std`. The last batch is filled up with
+    its last image, for a compiled model wants one shape; its labels are as many as the images that count."""
     batch_size = min(batch_size, len(pixels))
     for start in range(0, len(pixels), batch_size):
         index = torch.arange(start, start + batch_size, device=pixels.device).clamp(max=len(pixels) - 1)
         centre = torch.full((batch_size, 2), 0.5, device=pixels.device)
-        yield normalise(pixels.cut(index, centre)), pixels.labels[index[: len(pixels) - start]]
+        images = renormalise(normalise(pixels.cut(index, centre)), mean, std)
+        yield images, pixels.labels[index[: len(pixels) - start]]
+
+
+def renormalise(images: Float[Tensor, "B 3 S S"], mean: Colours, std: Colours) -> Float[Tensor, "B 3 S S"]:
+    """Images of -1…1 as weights from elsewhere want them: of 0…1, less the mean, over the standard deviation."""
+    if (mean, std) == (HALF, HALF):
+        return images
+    centre, spread = (torch.tensor(row, device=images.device)[:, None, None] for row in (mean, std))
+    return (images / 2 + (0.5 - centre)) / spread

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrail.config import ViTConfig
+from vitrail.config import HALF, Colours, ViTConfig, check_colours
 from vitrail.errors import BadInput
 from vitrail.model import VisionTransformer
 from vitrail.recipes import Recipe, Resolved
@@ -51,10 +51,16 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-    """Write tensors in one step, with `about` as JSON in the header. The same tensors give the same bytes."""
+def write_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    about: dict[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write tensors in one step, with `about` as JSON in the header, or with the one key that `metadata` has. The same
+    tensors give the same bytes."""
     # One key only: safetensors writes several in no fixed order.
-    metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else None
+    metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else metadata
 
     def save(partial: Path) -> None:
         partial.touch()
@@ -136,6 +142,11 @@ class Run:
             raise BadInput(f"{path} is no run folder: it has neither a recipe.yaml nor a model/config.json.")
         return cls(path)
 
+    @property
+    def trained(self) -> bool:
+        """Whether the weights were trained here; if not, they were imported, and there is no recipe."""
+        return (self.path / "recipe.yaml").is_file()
+
     def write_recipe(self, resolved: Resolved) -> None:
         """Keep every setting, and who set it."""
         settings = {
@@ -208,13 +219,16 @@ class Run:
                 raise BadInput(f"{path} is damaged: {error}.") from None
             write_text(path, "".join(kept))
 
-    def save_model(self, model: VisionTransformer, classes: tuple[str, ...]) -> None:
-        """Write the weights to ship, and beside them all that is needed to use them."""
+    def save_model(
+        self, model: VisionTransformer, classes: tuple[str, ...], mean: Colours = HALF, std: Colours = HALF
+    ) -> None:
+        """Write the weights to ship, and beside them all that is needed to use them: images are to have `mean`
+        subtracted from them, of pixels from 0 to 1, and to be divided by `std`."""
         config = {
             "architecture": "VisionTransformer",
             "model": asdict(model.config),
             "classes": list(classes),
-            "preprocessing": {"image_size": model.config.image_size, "mean": [0.5] * 3, "std": [0.5] * 3},
+            "preprocessing": {"image_size": model.config.image_size, "mean": list(mean), "std": list(std)},
         }
         write_text(self.path / "model" / "config.json", json.dumps(config, indent=2) + "\n")
         write_tensors(self.path / "model" / "model.safetensors", model.state_dict())
@@ -225,19 +239,35 @@ class Run:
         Raises:
             BadInput: `model/config.json` is missing or damaged.
         """
+        return self._read_config()[:2]
+
+    def preprocessing(self) -> tuple[Colours, Colours]:
+        """What the model's images are normalised by: the mean that is subtracted from pixels of 0 to 1, and the
+        standard deviation that the result is divided by.
+
+        Raises:
+            BadInput: `model/config.json` is missing or damaged.
+        """
+        return self._read_config()[2:]
+
+    def _read_config(self) -> tuple[ViTConfig, tuple[str, ...], Colours, Colours]:
         path = self.path / "model" / "config.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             known = {field.name for field in fields(ViTConfig)}
             if unknown := set(content["model"]) - known:
-                raise BadInput(f"{path} has settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
+                raise BadInput(f"settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
             shape = content["model"]
             if shape.get("resnet_blocks") is not None:
                 shape["resnet_blocks"] = tuple(shape["resnet_blocks"])
-            return ViTConfig(**shape), tuple(map(str, content["classes"]))
+            seen = content.get("preprocessing", {})
+            colours = check_colours(seen.get("mean", HALF), seen.get("std", HALF))
+            return ViTConfig(**shape), tuple(map(str, content["classes"])), *colours
         except FileNotFoundError:
             raise BadInput(f"{self.path} holds no model: {path} is missing.") from None
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path} is damaged: {error}.") from None
 
     def load_model(self) -> tuple[VisionTransformer, tuple[str, ...]]:

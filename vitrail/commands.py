@@ -5,23 +5,21 @@ What does the work is imported when it is needed, so that help needs neither tor
 
 import argparse
 import dataclasses
-import json
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from vitrail.arguments import Parser, add_setting, at_least_one, real, shown
+from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, one_of, real, shown
 from vitrail.errors import BadInput
 from vitrail.recipes import RECIPES, Recipe, resolve
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from vitrail.tables import as_json, rendered, table
+from vitrail.weight_commands import do_export, do_import, do_variants, take_export, take_import, take_variants
 
 HEADINGS = {"data": "images", "patch_size": "model", "epochs": "optimisation", "seed": "where and how"}
 WORST = 20  # classes that evaluate shows
+BENCH_TASKS = ("training", "profile", "inference", "input", "memory", "start")
 
 
 @dataclass(frozen=True)
@@ -146,11 +144,13 @@ def do_report(args: argparse.Namespace) -> str:
     from vitrail.progress import say
     from vitrail.report import write_report
 
-    recipe = Run.open(args.run).recipe().recipe
+    run = Run.open(args.run)
+    recipe = run.recipe().recipe if run.trained else None
+    size, holdout = (recipe.image_size, recipe.holdout) if recipe else (run.config()[0].image_size, 0.0)
     try:
         if args.data is None:
             check_own_data(args.run)
-        dataset = cache.load(args.data or recipe.data, recipe.image_size, holdout=recipe.holdout)
+        dataset = cache.load(args.data or (recipe.data if recipe else ""), size, holdout=holdout)
     except BadInput as error:
         if args.data:
             raise
@@ -168,7 +168,10 @@ def check_own_data(path: Path) -> None:
     from vitrail.checkpoint import Run
     from vitrail.images import BUILT_IN
 
-    data = Run.open(path).recipe().recipe.data
+    run = Run.open(path)
+    if not run.trained:
+        raise BadInput(f"{path} was not trained here, and has no images of its own. Say with --data D which to take.")
+    data = run.recipe().recipe.data
     there = Path(data).expanduser()
     if data in BUILT_IN or there.exists():
         return
@@ -219,24 +222,43 @@ def departures(recipe: Recipe) -> list[str]:
     return [name if value is True else f"{name} {shown(value)}" for name, value in values.items()]
 
 
-def add_run(parser: Parser) -> None:
-    """The run folder that a command works on."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/digits")
+def take_bench(parser: Parser, argv: Sequence[str]) -> None:
+    """What is measured, how long, and where it goes."""
+    tasks = f"{', '.join(BENCH_TASKS)} (all of them)"
+    parser.add_argument("tasks", nargs="*", type=one_of(BENCH_TASKS), metavar="TASK", help=tasks)
+    devices, precisions = ("auto", "cpu", "cuda"), ("fp32", "bf16")
+    parser.add_argument("--device", type=one_of(devices), metavar="{auto,cpu,cuda}", default="auto", help="(auto)")
+    by_device = "(bf16 on cuda, fp32 on cpu)"
+    parser.add_argument("--precision", type=one_of(precisions), metavar="{fp32,bf16}", help=by_device)
+    parser.add_argument("--rounds", type=at_least_one, metavar="N", default=5, help="turns of each contender (5)")
+    parser.add_argument("--seconds", type=real, metavar="X", default=2.0, help="length of a turn, at least a step (2)")
+    parser.add_argument("--data", type=Path, metavar="D", help="has train/CLASS/* of 64 × 64 pixels (some are made)")
+    places = "its plot into images/ beside it, the rows into ../results/speed"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"keep it in this page too, {places}")
+    add_json(parser)
 
 
-def add_data(parser: Parser) -> None:
-    """Where the images are, if not where the run had them."""
-    parser.add_argument("--data", metavar="D", help="where the images are (where they were in training)")
+def do_bench(args: argparse.Namespace) -> str:
+    """Measure speed beside peers; on the page, if one is named, it takes the place of what was found here before."""
+    import torch
 
+    from vitrail.bench import measure
+    from vitrail.environment import describe
+    from vitrail.evaluate import pick_device
+    from vitrail.rounds import Setting, cases
+    from vitrail.speedpage import COLUMNS, check_page, notes, table_rows, write_page
 
-def add_json(parser: Parser) -> None:
-    """For programs to read."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def as_json(content: Any) -> str:
-    """For programs to read."""
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    device = pick_device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    precision: Literal["fp32", "bf16"] = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.output is not None:
+        check_page(args.output, describe(device))  # now, not when it has been measured
+    setting = Setting(device, precision, args.rounds, args.seconds, cases(device), args.data)
+    session = measure(list(dict.fromkeys(args.tasks)) or BENCH_TASKS, setting)
+    if args.output is not None:
+        write_page(args.output, session)
+    if args.json:
+        return as_json(dataclasses.asdict(session))
+    return "\n".join([table(COLUMNS, table_rows(session)), "", *notes(session.rows)])
 
 
 def headline(figures: dict[str, Any]) -> str:
@@ -245,29 +267,6 @@ def headline(figures: dict[str, Any]) -> str:
         f"top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f}, loss {figures['loss']:.3f}, calibration error "
         f"{figures['calibration_error']:.3f} on {figures['count']:,} images ({figures['dataset']}, {figures['split']})"
     )
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; those whose heading starts with > to the right."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    for row in rows:
-        grid.add_row(*map(Text, row))
-    return rendered(lambda console: console.print(grid))
-
-
-def rendered(draw: Callable[["Console"], None]) -> str:
-    """What `draw` prints, as wide and as coloured as stdout can show: a file or a pipe gets lines of any length."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    with console.capture() as captured:
-        draw(console)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 COMMANDS = {
@@ -295,4 +294,27 @@ COMMANDS = {
         take_data, do_data,
     ),
     "recipes": Command("what there is to train", ("vitrail recipes",), take_recipes, do_recipes),
+    "variants": Command(
+        "the models that have names: their shapes, parameters, FLOPs and memory",
+        ("vitrail variants", "vitrail variants --image-size 384"),
+        take_variants, do_variants,
+    ),
+    "import": Command(
+        "weights from elsewhere, as a run folder",
+        ("vitrail import ViT-B_16.npz --output runs/base",
+         "vitrail import vit-base-patch16-224 --output runs/flowers --image-size 384 --num-classes 102"),
+        take_import, do_import,
+    ),
+    "export": Command(
+        "weights as transformers or timm loads them, with class names and preprocessing",
+        ("vitrail export runs/digits --to transformers --output digits-vit",
+         "vitrail export runs/digits --to timm --output digits-timm"),
+        take_export, do_export,
+    ),
+    "bench": Command(
+        "speed beside timm, vit-pytorch, transformers and torchvision, and beside what the hardware could do",
+        ("vitrail bench", "vitrail bench training inference --precision bf16 --output docs/speed.md",
+         "vitrail bench input --data tiny-imagenet-200 --json"),
+        take_bench, do_bench,
+    ),
 }  # fmt: skip

@@ -1,13 +1,20 @@
-"""The shape of a Vision Transformer."""
+"""The shape of a Vision Transformer, and what its images are normalised by."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from vitrail.errors import BadInput
 from vitrail.resnet import stride
 
 MOST = 1 << 17
 MOST_LAYERS = 1000
+
+Classifier = Literal["token", "gap"]
+Gelu = Literal["tanh", "exact"]
+Colours = tuple[float, float, float]  # red, green, blue
+
+# The official code's mean and standard deviation, of pixels from 0 to 1: they become -1…1.
+HALF: Colours = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -25,23 +32,38 @@ class ViTConfig:
     num_heads: int = 12
     num_layers: int = 12
     num_classes: int = 1000
-    classifier: Literal["token", "gap"] = "token"
+    classifier: Classifier = "token"
     representation_size: int | None = None
     dropout: float = 0.0
     resnet_blocks: tuple[int, ...] | None = None  # the hybrid's: bottlenecks of each stage, () for the bare root
+    # As the official code has them; weights that were trained by other libraries need theirs.
+    gelu: Gelu = "tanh"
+    layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "num_classes"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"a model with {name} = {getattr(self, name)} cannot be; it must be at least 1.")
-            if getattr(self, name) > MOST:  # a mistake, or a file that would have us take a terabyte
-                raise BadInput(f"a model with {name} = {getattr(self, name)} cannot be; it must be at most {MOST:,}.")
+        for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "num_classes",
+                     "representation_size"):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name == "representation_size":
+                continue
+            if not isinstance(value, int):
+                raise BadInput(f"a model with {name} = {shorten(value)} cannot be; it must be a whole number.")
+            if value < 1:
+                raise BadInput(f"a model with {name} = {value} cannot be; it must be at least 1.")
+            if value > MOST:  # a mistake, or a file that would have us take a terabyte
+                raise BadInput(f"a model with {name} = {value} cannot be; it must be at most {MOST:,}.")
+        for name, choices in (("classifier", get_args(Classifier)), ("gelu", get_args(Gelu))):
+            if getattr(self, name) not in choices:
+                raise BadInput(f"{name} is {shorten(getattr(self, name))}; it must be one of {', '.join(choices)}.")
+        if not 0 < self.layer_norm_eps < 1:
+            raise BadInput(f"layer_norm_eps is {self.layer_norm_eps}; it must be above 0 and below 1.")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.num_layers > MOST_LAYERS or sum(self.resnet_blocks or ()) > MOST_LAYERS:
+        blocks: tuple[Any, ...] = self.resnet_blocks or ()
+        if not all(isinstance(count, int) and count >= 1 for count in blocks):
+            raise BadInput(f"a ResNet with stages of {blocks} cannot be; each must have a block at least.")
+        if self.num_layers > MOST_LAYERS or sum(blocks) > MOST_LAYERS:
             raise BadInput(f"a model of more than {MOST_LAYERS:,} layers cannot be.")
-        if any(count < 1 for count in self.resnet_blocks or ()):
-            raise BadInput(f"a ResNet with stages of {self.resnet_blocks} cannot be; each must have a block at least.")
         if self.image_size % self.cell:
             below = self.image_size - self.image_size % self.cell
             sizes = " or ".join(str(size) for size in (below, below + self.cell) if size)
@@ -73,3 +95,25 @@ class ViTConfig:
 def divisors(number: int) -> str:
     """`1, 2, 4` for 4."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def check_colours(mean: Any, std: Any) -> tuple[Colours, Colours]:
+    """Mean and standard deviation of pixels from 0 to 1, as some file has them: three numbers each, or one for all.
+
+    Raises:
+        BadInput: they are something else, or something that cannot be divided by.
+    """
+    found: list[Colours] = []
+    for name, values in (("mean", mean), ("std", std)):
+        row = [values] * 3 if isinstance(values, int | float) else values
+        numbers = isinstance(row, list | tuple) and all(isinstance(v, int | float) and abs(v) < 1e6 for v in row)
+        if not numbers or len(row) != 3 or (name == "std" and min(row) <= 0):
+            raise BadInput(f"its {name} of {shorten(values)} is not what three colours can be normalised by.")
+        found.append((float(row[0]), float(row[1]), float(row[2])))
+    return found[0], found[1]
+
+
+def shorten(value: object) -> str:
+    """What a file has where something else was expected, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -15,9 +15,11 @@ from vitrail import cache
 from vitrail.batches import Pixels, evaluation_batches
 from vitrail.cache import Images
 from vitrail.checkpoint import Run, read_about
+from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
 from vitrail.images import Unreadable, open_image, to_pixels
 from vitrail.progress import track
+from vitrail.recipes import Recipe, Resolved
 
 CALIBRATION_BINS = 15  # as Guo et al., "On Calibration of Modern Neural Networks" (1706.04599)
 
@@ -84,14 +86,17 @@ def predict_split(
     batch_size: int = 200,
     precision: Literal["fp32", "bf16"] = "fp32",
     top: int = 5,
+    mean: Colours = HALF,
+    std: Colours = HALF,
 ) -> Predictions:
-    """Run the model over every image of a split, each counted once, and keep the `top` classes of each.
+    """Run the model over every image of a split, each counted once and normalised by `mean` and `std`, and keep the
+    `top` classes of each.
 
     The model is left in evaluation mode."""
     model.eval()
     labels, predicted, probabilities, losses = [], [], [], []
     with track(len(pixels), "evaluating", "images") as advance:
-        for batch, label in evaluation_batches(pixels, batch_size):
+        for batch, label in evaluation_batches(pixels, batch_size, mean, std):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)[: len(label)]
             # Figures are made on the processor: float64, which some devices lack, orders nearly equal probabilities.
@@ -163,9 +168,11 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
         BadInput: the run or the data cannot be used, or the data has classes that the run does not know.
     """
     run = Run.open(path)
-    resolved = run.recipe()
+    # Weights from elsewhere have no recipe, and no images of their own.
+    resolved = run.recipe() if run.trained or data is None else Resolved(path.resolve().name, Recipe(), {})
     recipe = resolved.recipe
     model, classes = run.load_model()
+    mean, std = run.preprocessing()
     size = model.config.image_size
     if data is None:
         dataset = cache.load(recipe.data, size, holdout=recipe.holdout)
@@ -177,7 +184,7 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
         own = read_about(state)["images"] if state.is_file() else ""
         name, split, images = cache.load_for_evaluation(data, size, classes, own=own, holdout=recipe.holdout)
     pixels = Pixels(images, size, pick_device("auto"))
-    predictions = predict_split(model.to(pixels.device), pixels, precision=recipe.precision)
+    predictions = predict_split(model.to(pixels.device), pixels, precision=recipe.precision, mean=mean, std=std)
     found = figures(predictions, classes).as_dict()
     return {"recipe": resolved.name, "dataset": name, "split": split, **found}
 
@@ -200,11 +207,13 @@ def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[
     Raises:
         BadInput: the run cannot be used, or a file cannot be read as an image.
     """
-    model, classes = Run.open(path).load_model()
+    run = Run.open(path)
+    model, classes = run.load_model()
+    mean, std = run.preprocessing()
     size = model.config.image_size
     images = Images.pack([read_pixels(file, size) for file in files], list(map(str, files)))
     pixels = Pixels(images, size, pick_device("auto"))
-    predictions = predict_split(model.to(pixels.device), pixels, top=top)
+    predictions = predict_split(model.to(pixels.device), pixels, top=top, mean=mean, std=std)
     return [
         {
             "image": name,

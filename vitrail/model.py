@@ -6,8 +6,9 @@ Read it from the bottom up: `VisionTransformer` is the paper's section 3.1, each
     H heads    K = D / H, width of a head                 P patch_size     C classes
 
 Where the paper's text, the official code and other implementations differ, this follows the official code: GELU by
-its tanh approximation, LayerNorm with an epsilon of 1e-6, dropout after the position embeddings, after attention and
-after each layer of the MLP, and the initial weights of `VisionTransformer.initialise`.
+its tanh approximation, LayerNorm with an epsilon of 1e-6 (both unless the weights come from elsewhere), dropout after
+the position embeddings, after attention and after each layer of the MLP, and the initial weights of
+`VisionTransformer.initialise`.
 """
 
 from collections.abc import Collection
@@ -19,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrail.config import ViTConfig
+from vitrail.config import Gelu, ViTConfig
 from vitrail.errors import BadInput
 from vitrail.resnet import ResNet, lecun_normal_, out_channels
 
-LAYER_NORM_EPS = 1e-6
+LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
 # On a CPU the backward pass of torch's fused attention is slower than plain matrix products up to here (docs/speed.md).
 # They need memory for the (T, T) matrices, so that long sequences, inference and GPUs are left to the fused kernel.
 PLAIN_ATTENTION_TOKENS = 256
@@ -117,14 +118,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers with a GELU between them: the MLP of equation 3."""
 
-    def __init__(self, hidden_size: int, mlp_dim: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, mlp_dim: int, dropout: float, gelu: Gelu) -> None:
         super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"  # what torch calls it
         self.hidden = nn.Linear(hidden_size, mlp_dim)
         self.out = nn.Linear(mlp_dim, hidden_size)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        hidden = self.dropout(F.gelu(self.hidden(x), approximate="tanh"))  # (B, T, F)
+        hidden = self.dropout(F.gelu(self.hidden(x), approximate=self.approximate))  # (B, T, F)
         return self.dropout(self.out(hidden))
 
 
@@ -133,10 +135,10 @@ class TransformerEncoderBlock(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, LAYER_NORM_EPS)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config.hidden_size, config.num_heads)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, LAYER_NORM_EPS)
-        self.mlp = MLP(config.hidden_size, config.mlp_dim, config.dropout)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.mlp_dim, config.dropout, config.gelu)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
@@ -169,7 +171,7 @@ class VisionTransformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerEncoderBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.pre_logits = nn.Linear(width, config.representation_size) if config.representation_size else None
         self.head = nn.Linear(config.representation_size or width, config.num_classes)
         self.initialise()

@@ -30,9 +30,30 @@ class Recipe:
     data: str = setting("digits", "digits, tiny-imagenet, a folder, or a .zip / .tar archive")
     holdout: float = setting(0.0, "tune on this share of the training images, held out, instead of the real split")
     image_size: int = setting(64, "side of the square that the model sees, in pixels")
-    flip: bool = setting(False, "mirror half of the training images")
+    # The papers: 2404.00498 (flip alternate), 1409.4842 (resized_crop), 2204.07118, 1909.13719 and 2103.10158 (policy),
+    # 1708.04896 (erase), 1710.09412 (mixup), 1905.04899 (cutmix), 1901.09335 (repeats). augment.py and batches.py say
+    # where their code does otherwise.
+    flip: Literal["none", "random", "alternate"] = setting(
+        "none", "mirror a random half of the training images; alternate: each image every other time that it comes"
+    )
     rotate: float = setting(0.0, "rotate each training image by up to this many degrees either way")
     crop: int = setting(0, "shift each training image by up to this many pixels, edges reflected")
+    resized_crop: float = setting(
+        0.0, "enlarge a random rectangle of each training image, of this share of its area or more"
+    )
+    policy: Literal["none", "3-augment", "rand-augment", "trivial-augment"] = setting(
+        "none", "operations drawn for each training image, as in the paper of that name"
+    )
+    jitter: float = setting(
+        0.0, "change brightness, contrast and colour by up to this share (3-augment: by 0.3 unless set)"
+    )
+    erase: float = setting(0.0, "fill a random rectangle with noise in this share of the training images")
+    mixup: float = setting(0.0, "blend pairs of training images, in shares from Beta(X, X)")
+    cutmix: float = setting(
+        0.0,
+        "paste rectangles between pairs of training images, areas from Beta(X, X); with mixup, each batch has either",
+    )
+    repeats: int = setting(1, "how often each image comes in a batch, augmented anew each time")
 
     # The model, in the paper's words
     patch_size: int = setting(8, "side of a patch, in pixels")
@@ -54,6 +75,7 @@ class Recipe:
     optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "adam: its weight decay is coupled (L2)")
     lr: float = setting(1e-3, "peak learning rate")
     weight_decay: float = setting(0.0, "weight decay (adamw: decoupled, and not on biases, norms and embeddings)")
+    label_smoothing: float = setting(0.0, "share of each label that is spread evenly over all classes")  # 1512.00567
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "cosine", "of the learning rate, after the warm-up, to 0"
     )
@@ -66,7 +88,15 @@ class Recipe:
     compile: bool = setting(False, "have torch compile the model: a slow start, then faster steps on a GPU")
     precision: Literal["fp32", "bf16"] = setting("fp32", "of the matrix products; weights and sums stay fp32")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
+
     def __post_init__(self) -> None:
+        flip = vars(self)["flip"]
+        if isinstance(flip, bool):  # what the first run folders have
+            object.__setattr__(self, "flip", "random" if flip else "none")
         for name, kind in get_type_hints(Recipe).items():
             value, choices = getattr(self, name), get_args(kind)
             if get_origin(kind) is Literal and value not in choices:
@@ -78,15 +108,18 @@ class Recipe:
                     f"{name} is {value!r}; it must be of type {' or '.join(part.__name__ for part in types)}."
                 )
         for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs",
-                     "batch_size", "accumulate"):  # fmt: skip
+                     "batch_size", "accumulate", "repeats"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lr", "weight_decay", "warmup", "rotate", "crop", "seed"):
+        for name in ("lr", "weight_decay", "warmup", "rotate", "crop", "mixup", "cutmix", "seed"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative.")
         if self.seed >= 2**63:
             raise BadInput(f"seed is {self.seed}; it must be below 2^63.")
-        for name in ("dropout", "holdout"):
+        for name in ("resized_crop", "jitter", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        for name in ("dropout", "holdout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         if self.clip is not None and not self.clip > 0:
@@ -99,12 +132,23 @@ class Recipe:
                 f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts; "
                 f"accumulate may be {', '.join(map(str, parts))}."
             )
+        if self.batch_size % self.repeats:
+            raise BadInput(
+                f"a batch of {self.batch_size} does not hold each image {self.repeats} times; "
+                f"take a multiple of {self.repeats} for batch_size."
+            )
+        each = self.batch_size // self.accumulate
+        if self.mixes and each % 2:
+            raise BadInput(
+                f"mixup and cutmix mix pairs of images, and a batch of {self.batch_size} in {self.accumulate} parts "
+                f"has {each} in each; take a multiple of {2 * self.accumulate} for batch_size."
+            )
 
 
 # The three experiments that Vitrail started from share all but these settings: Adam with coupled weight decay,
 # batches of 200 at a peak of 1e-3, rotation by up to 10 degrees and flips, float32, no clipping, no smoothing.
 _ORIGINAL: dict[str, Any] = {
-    "data": "tiny-imagenet", "image_size": 64, "flip": True, "rotate": 10.0,
+    "data": "tiny-imagenet", "image_size": 64, "flip": "random", "rotate": 10.0,
     "optimizer": "adam", "lr": 1e-3, "batch_size": 200, "schedule": "linear", "warmup": 0.02,
 }  # fmt: skip
 _BASE_8: dict[str, Any] = {

@@ -30,6 +30,28 @@ def stride(blocks: tuple[int, ...]) -> int:
     return 4 * 2 ** max(0, len(blocks) - 1)
 
 
+def flops(blocks: tuple[int, ...], image_size: int) -> int:
+    """Floating-point operations of one image's feature map: 2 for each multiply-add, convolutions only."""
+
+    def convolution(channels: int, width: int, kernel_size: int) -> int:
+        return 2 * channels * width * kernel_size**2 * side**2  # with the side of its result
+
+    side = -(-image_size // 2)
+    total = convolution(3, ROOT_WIDTH, 7)
+    side, channels = -(-side // 2), ROOT_WIDTH
+    for stage, count in enumerate(blocks):
+        width = ROOT_WIDTH * 2**stage
+        for unit in range(count):
+            step = 2 if stage and not unit else 1
+            total += convolution(channels, width, 1)
+            side = -(-side // step)
+            total += convolution(width, width, 3) + convolution(width, width * EXPANSION, 1)
+            if channels != width * EXPANSION or step > 1:
+                total += convolution(channels, width * EXPANSION, 1)
+            channels = width * EXPANSION
+    return total
+
+
 class StdConv(nn.Conv2d):
     """A convolution without bias whose kernel is standardised for each output channel (Qiao et al., 1903.10520)."""
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.batches import TrainingBatches, stream_seed
+from vitrail.batches import Targets, TrainingBatches, stream_seed
 from vitrail.model import VisionTransformer
 from vitrail.optimize import learning_rate
 from vitrail.progress import say
+from vitrail.recipes import Recipe
 
 
 def train_step(
@@ -49,18 +50,32 @@ def gradient(model: VisionTransformer, batches: TrainingBatches, step: int) -> F
     """Leave the gradient of the mean loss over the step's batch in the weights; it does not depend on how many parts
     the batch is divided into, but for rounding, and for the noise of dropout, which is drawn for each part.
 
-    Returns the loss and the number of images recognised.
+    Returns the loss and the number of images recognised; a mixed image is, where its own class, not its partner's, is.
     """
     recipe, device = batches.recipe, batches.pixels.device
     torch.manual_seed(stream_seed(recipe.seed, "dropout", step))
     outcome = torch.zeros(2, device=device)
-    for images, labels in batches.parts(step):
+    for images, targets in batches.parts(step):
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels) / batches.divided_by
+        loss = mean_loss(logits.float(), targets, recipe) / batches.divided_by
         loss.backward()
-        outcome += torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum()])
+        outcome += torch.stack([loss.detach(), (logits.detach().argmax(1) == targets.labels).sum()])
     return outcome
+
+
+def mean_loss(logits: Float[Tensor, "b classes"], targets: Targets, recipe: Recipe) -> Float[Tensor, ""]:
+    """The cross-entropy of the classes that each image shows, by their shares, meaned over the images.
+
+    Label smoothing (1512.00567, section 7) takes its share from each label and spreads it over all classes, the label's
+    own included.
+    """
+    smoothing = recipe.label_smoothing
+    if not recipe.mixes:
+        return F.cross_entropy(logits, targets.labels, label_smoothing=smoothing)
+    own = F.cross_entropy(logits, targets.labels, label_smoothing=smoothing, reduction="none")
+    other = F.cross_entropy(logits, targets.others, label_smoothing=smoothing, reduction="none")
+    return (targets.share * own + (1 - targets.share) * other).mean()
 
 
 def peak_memory(device: torch.device) -> int:

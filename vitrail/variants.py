@@ -1,10 +1,14 @@
 """The paper's models by name (table 1), and the others, hybrids too, that the official code has (configs/models.py)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from vitrail import resnet
 from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
+from vitrail.floor import forward_flops
 from vitrail.model import VisionTransformer
 from vitrail.recipes import nearest
 
@@ -57,3 +61,52 @@ def create(name: str, *, image_size: int = 224, num_classes: int = 1000) -> Visi
     if name not in VARIANTS:
         raise BadInput(f"there is no variant {name!r}{nearest(name, VARIANTS)} There are: {', '.join(VARIANTS)}.")
     return VisionTransformer(replace(VARIANTS[name], image_size=image_size, num_classes=num_classes))
+
+
+@dataclass(frozen=True)
+class Size:
+    """A variant at an image size: its shape, and what it takes. `flops` are those of one image's logits, 2 for each
+    multiply-add, every token computed, matrix products and convolutions only: what papers quote, where they do not
+    quote half of it. `bytes` are those of the weights in float32."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    mlp_dim: int
+    num_heads: int
+    parameters: int
+    flops: int
+    bytes: int
+
+
+def sizes(image_size: int = 224, num_classes: int = 1000) -> list[Size]:
+    """All variants that images of that size can be cut into patches for, counted without taking memory for weights.
+
+    Raises:
+        BadInput: there are none.
+    """
+    fitting = [name for name, config in VARIANTS.items() if image_size % config.cell == 0]
+    if not fitting:
+        raise BadInput(f"no variant has patches that images of {image_size} pixels divide into; take a multiple of 32.")
+    return [_size(name, image_size, num_classes) for name in fitting]
+
+
+def _size(name: str, image_size: int, num_classes: int) -> Size:
+    with torch.device("meta"):
+        model = create(name, image_size=image_size, num_classes=num_classes)
+    config, parameters = model.config, sum(weight.numel() for weight in model.parameters())
+    return Size(
+        name, config.num_layers, config.hidden_size, config.mlp_dim, config.num_heads, parameters, flops(config),
+        4 * parameters,
+    )  # fmt: skip
+
+
+def flops(config: ViTConfig) -> int:
+    """Floating-point operations of one image's logits, as `Size` has them."""
+    if config.resnet_blocks is None:
+        return forward_flops(config, every_token=True)
+    # Behind the ResNet, the hybrid is a ViT of images as large as the feature map, which has more channels.
+    plain = replace(config, image_size=config.grid * config.patch_size, resnet_blocks=None)
+    more = resnet.out_channels(config.resnet_blocks) - 3
+    patches = 2 * config.grid**2 * config.patch_size**2 * more * config.hidden_size
+    return resnet.flops(config.resnet_blocks, config.image_size) + patches + forward_flops(plain, every_token=True)

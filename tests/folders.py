@@ -1,0 +1,70 @@
+"""Models with random weights, and folders of transformers and timm that hold them."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitrail.card import model_card
+from vitrail.config import ViTConfig
+from vitrail.errors import BadInput
+from vitrail.exchange import CHECK, WRITE, Library
+from vitrail.formats import Imported
+from vitrail.model import VisionTransformer
+from vitrail.variants import VARIANTS
+
+LIBRARIES: tuple[Library, ...] = ("transformers", "timm")
+SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=24, mlp_dim=50, num_heads=3, num_layers=2, num_classes=3)
+TINY = replace(SMALL, image_size=8, hidden_size=8, mlp_dim=8, num_heads=2, num_layers=1)
+CLASSES = ("cat", "dög", "a, \"b\"")  # fmt: skip
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+def sayable() -> Iterator[Any]:
+    """Each variant for each library that has such a model; all widths, but of two layers."""
+    for name, config in VARIANTS.items():
+        small = replace(config, num_layers=2, num_classes=3)
+        for library in LIBRARIES:
+            try:
+                CHECK[library](small)
+            except BadInput:
+                assert config.resnet_blocks is not None or (config.classifier, library) == ("gap", "transformers")
+            else:
+                yield pytest.param(library, small, id=f"{library}-{name}")
+
+
+def imported(config: ViTConfig, **others: Any) -> Imported:
+    """A model whose weights are all random, so that none can be in another's place unnoticed."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        state = VisionTransformer(config).state_dict()
+    tensors = {name: torch.randn(tensor.shape) * (0.2 if tensor.ndim > 1 else 0.5) for name, tensor in state.items()}
+    classes = CLASSES if config.num_classes == len(CLASSES) else tuple(map(str, range(config.num_classes)))
+    return Imported(config, tensors, classes, **{"mean": MEAN, "std": STD} | others)
+
+
+def written(folder: Path, library: Library, model: Imported) -> Path:
+    folder.mkdir()
+    WRITE[library](folder, model, model_card(model, library, folder.name, None))
+    return folder
+
+
+def images(config: ViTConfig) -> torch.Tensor:
+    return torch.randn(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def change(path: Path, **settings: Any) -> None:
+    """Change what a JSON file says; None takes it out."""
+    content = json.loads(path.read_text("utf-8")) | settings
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}), "utf-8")
+
+
+def change_weights(folder: Path, do: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    do(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")

@@ -1,0 +1,344 @@
+"""Weights in and out, as they are typed: import, export, and the table of variants; and what is done with an imported
+run. The formats themselves are tested in test_formats.py."""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitrail
+from vitrail import exchange
+from vitrail.checkpoint import Run
+from vitrail.cli import main
+from vitrail.config import ViTConfig
+from vitrail.errors import BadInput
+from vitrail.evaluate import predict_files
+from vitrail.exchange import export_model, import_run
+from vitrail.images import to_pixels
+from vitrail.model import VisionTransformer
+from vitrail.recipes import resolve
+from vitrail.variants import VARIANTS
+
+GOLDEN = Path(__file__).parent / "golden"
+SHAPE = ViTConfig(image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=1, num_classes=10)
+DIGITS = tuple("0123456789")
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+def typed(*words: object) -> str:
+    """What a command that succeeds prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([str(word) for word in words]) == 0
+    return out.getvalue()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2) -> str:
+    """What a command that fails says, in a line."""
+    assert main([str(word) for word in words]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("vitrail: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def saved(folder: Path, config: ViTConfig = SHAPE, **normalisation: Any) -> VisionTransformer:
+    """A run folder with nothing but a model, whose weights are all random."""
+    torch.manual_seed(0)
+    model = VisionTransformer(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    classes = DIGITS if config.num_classes == 10 else tuple(map(str, range(config.num_classes)))
+    Run.create(folder).save_model(model, classes, **normalisation)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the digits, short, with a class token."""
+    folder = tmp_path_factory.mktemp("place") / "runs" / "digits"
+    shape = {field.name: getattr(SHAPE, field.name) for field in dataclasses.fields(SHAPE)}
+    names = ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "classifier")
+    settings = {name: shape[name] for name in names}
+    vitrail.train("digits", output=folder, epochs=1, batch_size=128, device="cpu", **settings)
+    return folder
+
+
+# import
+
+
+@pytest.mark.parametrize("case", ["token", "gap", "pre-logits", "hybrid"])
+def test_import_of_official_checkpoints(case: str, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / case
+    with np.load(GOLDEN / f"{case}.expected.npz") as file:
+        image, expected = (torch.from_numpy(file[name]) for name in ("image", "logits"))
+    text = typed("import", GOLDEN / f"{case}.npz", "--output", run)
+    assert text.startswith(f"{run}: ")
+    assert f"vitrail predict {run} IMAGE" in text
+    assert sorted(path.name for path in run.rglob("*")) == [
+        "config.json",
+        "environment.json",
+        "model",
+        "model.safetensors",
+    ]
+    logits = vitrail.load(run)(image.permute(0, 3, 1, 2))
+    torch.testing.assert_close(logits, expected, atol=1e-4 if case == "hybrid" else 1e-5, rtol=0)
+    (launch,) = Run.open(run).launches()
+    assert launch["imported"] == str(GOLDEN / f"{case}.npz")
+
+
+def test_import_at_another_size_with_another_head(tmp_path: Path) -> None:
+    text = typed(
+        "import", GOLDEN / "pre-logits.npz", "--output", tmp_path / "run", "--image-size", 48, "--num-classes", 5
+    )
+    assert "Its head is zero" in text
+    model, classes = Run.open(tmp_path / "run").load_model()
+    before = vitrail.load(GOLDEN / "pre-logits.npz", image_size=48)
+    assert (model.config.image_size, model.config.representation_size, classes) == (48, None, tuple("01234"))
+    assert not model(torch.randn(2, 3, 48, 48)).any()
+    for name, weight in before.state_dict().items():
+        if not name.startswith(("head", "pre_logits")):
+            assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_import_never_overwrites(tmp_path: Path) -> None:
+    for expected in ("run", "run-2", "run-3"):
+        run, _ = import_run(GOLDEN / "token.npz", tmp_path / "run")
+        assert run.path == tmp_path / expected
+
+
+def test_import_that_fails_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.npz").write_bytes((GOLDEN / "token.npz").read_bytes()[:5000])
+    before = sorted(tmp_path.rglob("*"))
+    for words, says in (
+        ([tmp_path / "cut.npz"], "cut.npz cannot be read as a NumPy archive"),
+        ([tmp_path / "gone.npz"], "there is no file"),
+        ([tmp_path / "empty"], "nothing else that is understood: it is empty"),
+        ([tmp_path / "gone"], "there is no run folder"),
+        ([GOLDEN / "token.npz", "--image-size", 33], "images of 33 pixels do not divide into patches"),
+        ([GOLDEN / "token.npz", "--num-classes", 10**9], "num_classes = 1000000000 cannot be"),
+        ([GOLDEN / "token.npz", "--num-classes", 0], "must be at least 1"),
+    ):
+        assert says in refused(capsys, "import", *words, "--output", tmp_path / "run")
+    assert "the following arguments are required: --output" in refused(capsys, "import", GOLDEN / "token.npz")
+
+    def full(self: Run, *args: Any) -> None:
+        (self.path / "model").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(Run, "save_model", full)
+    assert "no space left" in refused(capsys, "import", GOLDEN / "token.npz", "--output", tmp_path / "run", status=1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# What is done with an imported run
+
+
+@pytest.fixture
+def shifted(tmp_path: Path) -> tuple[Path, VisionTransformer]:
+    """An imported run whose images are normalised by another mean and deviation."""
+    model = saved(tmp_path / "made", mean=MEAN, std=STD)
+    run, _ = import_run(tmp_path / "made", tmp_path / "imported")
+    assert run.preprocessing() == (MEAN, STD)
+    return run.path, model
+
+
+@torch.no_grad()
+def test_predictions_are_of_images_that_are_normalised_as_the_weights_want(
+    shifted: tuple[Path, VisionTransformer], tmp_path: Path
+) -> None:
+    run, model = shifted
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    pixels = torch.from_numpy(to_pixels(Image.fromarray(noise), 16)).permute(2, 0, 1) / 255
+    images = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    expected = torch.softmax(model(images[None]), 1)[0]
+    (answer,) = predict_files(run, [tmp_path / "noise.png"], top=10)
+    found = {guess["class"]: guess["probability"] for guess in answer["predictions"]}
+    assert [found[name] for name in DIGITS] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert "noise.png" in typed("predict", run, tmp_path / "noise.png")
+
+
+def test_an_imported_run_is_evaluated_on_data_that_is_named(
+    shifted: tuple[Path, VisionTransformer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = shifted
+    found = json.loads(typed("evaluate", run, "--data", "digits", "--json"))
+    assert (found["recipe"], found["dataset"], found["split"], found["count"]) == ("imported", "digits", "test", 359)
+    assert "was not trained here, and has no images of its own. Say with --data D" in refused(capsys, "evaluate", run)
+
+
+def test_evaluation_honours_what_the_weights_want(trained: Path, tmp_path: Path) -> None:
+    """The same function of the images, written with another normalisation, has the same figures."""
+    model, classes = Run.open(trained).load_model()
+    mean, std = (0.3, 0.4, 0.6), (0.2, 0.7, 0.5)
+    weight, bias = model.patch_embedding.projection.weight, model.patch_embedding.projection.bias
+    assert bias is not None
+    with torch.no_grad():  # ours = 2 x - 1 = 2 (std · theirs + mean) - 1
+        bias += (weight * (2 * torch.tensor(mean) - 1)[:, None, None]).sum((1, 2, 3))
+        weight *= 2 * torch.tensor(std)[:, None, None]
+    Run.create(tmp_path / "run").save_model(model, classes, mean, std)
+    found, expected = (
+        json.loads(typed("evaluate", run, "--data", "digits", "--json")) for run in (tmp_path / "run", trained)
+    )
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["top1"] == expected["top1"]
+
+
+def test_an_imported_run_has_a_page(
+    shifted: tuple[Path, VisionTransformer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = shifted
+    assert typed("report", run) == f"{run / 'report.html'}\n"
+    assert "the page will be without pictures" in capsys.readouterr().err
+    assert typed("report", run, "--data", "digits") == f"{run / 'report.html'}\n"
+    assert "imported" in (run / "report.html").read_text("utf-8")
+
+
+def test_an_imported_run_cannot_be_resumed(
+    shifted: tuple[Path, VisionTransformer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "has no recipe.yaml" in refused(capsys, "train", "--resume", "--output", shifted[0])
+
+
+def test_preprocessing_that_cannot_be_is_refused_by_name(shifted: tuple[Path, VisionTransformer]) -> None:
+    path = shifted[0] / "model" / "config.json"
+    content = json.loads(path.read_text("utf-8"))
+    for value in ("grey", [0.5, 0.5], [0.5, 0.5, 0], None):
+        path.write_text(json.dumps(content | {"preprocessing": {"mean": [0.5] * 3, "std": value}}))
+        with pytest.raises(BadInput, match=r"config.json: its std of"):
+            Run.open(shifted[0]).preprocessing()
+
+
+# export
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_export(library: str, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "digits-vit"
+    files, parity, empty, how = typed("export", trained, "--to", library, "--output", folder).splitlines()
+    for name in ("README.md", "config.json", "model.safetensors"):
+        assert name in files
+    assert parity.startswith("parity: read back, its outputs on 2 random images differ from those of ")
+    assert float(parity.split()[-1]) <= 1e-5
+    assert empty == ""
+    assert str(folder) in how
+    assert [path.name for path in folder.parent.iterdir()] == ["digits-vit"]
+    back, model = vitrail.load(folder), vitrail.load(trained)
+    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_card_has_what_was_measured(trained: Path, tmp_path: Path) -> None:
+    results = json.loads((trained / "results.json").read_text("utf-8"))
+    export_model(trained, "timm", tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: timm\n")
+    for text in (
+        f"| top-1 | {results['top1']:.4f} |", "| measured on | 359 images: digits, test |", "epochs 1", "seed 0",
+        "The shorter side is resized to 16 pixels", "10 classes: `0`, `1`",
+    ):  # fmt: skip
+        assert text in card
+    assert str(trained.parent) not in card
+
+
+def test_images_of_exported_runs_are_as_large_as_those_that_were_measured(trained: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "photos")
+    for source, side in ((trained, 16), (tmp_path / "photos", 18)):
+        export_model(source, "transformers", tmp_path / source.name / "vit")
+        said = json.loads((tmp_path / source.name / "vit" / "preprocessor_config.json").read_text("utf-8"))
+        assert said["size"] == {"shortest_edge": side}
+    assert "enlarges a smaller image to 16 only" in (tmp_path / "photos" / "vit" / "README.md").read_text("utf-8")
+
+
+def test_weights_from_elsewhere_go_on(tmp_path: Path) -> None:
+    """Official → timm → transformers, without a run between them."""
+    export_model(GOLDEN / "token.npz", "timm", tmp_path / "timm")
+    export_model(tmp_path / "timm", "transformers", tmp_path / "transformers")
+    found, expected = (vitrail.load(path).state_dict() for path in (tmp_path / "transformers", GOLDEN / "token.npz"))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_export_that_fails_leaves_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "gap", replace(SHAPE, classifier="gap"))
+    saved(tmp_path / "deep", replace(SHAPE, representation_size=8))
+    saved(tmp_path / "broken")
+    model, classes = Run.open(tmp_path / "broken").load_model()
+    torch.nn.init.constant_(model.norm.bias, float("nan"))
+    Run.open(tmp_path / "broken").save_model(model, classes)
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for source, library, output, says in (
+        (tmp_path / "gap", "transformers", "new", "has no classifier = 'gap'"),
+        (tmp_path / "deep", "timm", "new", "has no representation_size = 8"),
+        (tmp_path / "gone", "timm", "new", "there is no run folder"),
+        (tmp_path / "broken", "timm", "new", "broken gives outputs that are no numbers"),
+        (trained, "timm", "there", "there exists, and is not overwritten; name another folder with --output"),
+        (trained, "tim", "new", "'tim' is not one of transformers, timm; did you mean 'timm'?"),
+    ):
+        assert says in refused(capsys, "export", source, "--to", library, "--output", tmp_path / output)
+    assert "required: --to" in refused(capsys, "export", trained, "--output", tmp_path / "new")
+    monkeypatch.setattr(exchange, "compare_outputs", lambda *models: 1e-3)
+    with pytest.raises(RuntimeError, match="gives other outputs"):
+        export_model(trained, "timm", tmp_path / "new")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_parity_sees_a_difference_that_a_head_of_zeros_would_hide() -> None:
+    torch.manual_seed(0)
+    model, other = VisionTransformer(SHAPE), VisionTransformer(SHAPE)
+    assert exchange.compare_outputs(model, model) == 0
+    assert not model(torch.randn(2, 3, 16, 16)).any()
+    assert exchange.compare_outputs(model, other) > 0.01
+
+
+def test_a_run_that_was_not_finished_has_no_figures(trained: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "run")
+    Run(tmp_path / "run").write_recipe(resolve("digits"))
+    export_model(tmp_path / "run", "timm", tmp_path / "folder")
+    assert "No figures were measured" in (tmp_path / "folder" / "README.md").read_text("utf-8")
+    (tmp_path / "run" / "results.json").write_text('{"top1": "high"}')
+    with pytest.raises(BadInput, match=r"results\.json is damaged"):
+        export_model(tmp_path / "run", "timm", tmp_path / "folder-2")
+
+
+# variants
+
+
+def test_variants() -> None:
+    heading, *rows = typed("variants").splitlines()
+    assert heading.split()[:2] == ["variant", "layers"]
+    assert [row.split()[0] for row in rows[: len(VARIANTS)]] == list(VARIANTS)
+    base = next(row for row in rows if row.startswith("ViT-B/16 "))
+    assert base.split() == ["ViT-B/16", "12", "768", "3072", "12", "86,567,656", "35.1", "346"]
+    assert "2 for each multiply-add" in rows[-1]
+
+
+def test_variants_at_a_size_that_some_cannot_have(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(typed("variants", "--image-size", 64, "--json"))
+    assert {row["name"] for row in found} == set(VARIANTS) - {"ViT-H/14"}
+    assert {row["image_size"] for row in found} == {64}
+    assert "do not divide into the patches of ViT-H/14." in typed("variants", "--image-size=64")
+    assert "take a multiple of 32" in refused(capsys, "variants", "--image-size", 7)
+    assert "at least 1" in refused(capsys, "variants", "--image-size", 0)
+    assert "cannot be; it must be at most" in refused(capsys, "variants", "--image-size", 3200000)
+
+
+def test_paths_with_spaces_can_be_typed_again(tmp_path: Path) -> None:
+    text = typed("import", GOLDEN / "token.npz", "--output", tmp_path / "my runs" / "a")
+    line = next(line for line in text.splitlines() if "vitrail predict" in line)
+    assert shlex.split(line)[-2] == str(tmp_path / "my runs" / "a")

@@ -1,0 +1,60 @@
+"""Where the time of a training step goes, by kind of operator."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vitrail.floor import synchronise
+from vitrail.rounds import OURS, Row, Setting, training_unit
+
+STEPS = 3
+# Beginnings of operators' names as the profiler gives them; on a GPU, of the operators that launched the kernels.
+KINDS = {
+    "matrix products": ("addmm", "mm", "bmm", "baddbmm", "linear"),  # before what begins with "add"
+    "fused attention": ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention"),
+    "GELU": ("gelu",),
+    "LayerNorm": ("native_layer_norm",),
+    "softmax of attention": ("_softmax", "softmax"),
+    "copies and casts": ("copy_", "cat", "clone", "contiguous", "_to_copy", "stack"),
+    "additions and products": ("add", "mul", "div", "sub", "sum"),
+    "AdamW": ("_fused_adamw",),
+    "gradients set to zero": ("zero_", "fill_"),
+}
+OTHER = "all else"
+
+
+def profiled(setting: Setting) -> list[Row]:
+    """The task `profile`: for each model, what share of Vitrail's training step each kind of operator takes. The
+    profiler slows down what is small, so that its shares are a little too large."""
+    rows = []
+    for case in setting.cases:
+        step = training_unit(setting.contenders[OURS](case.config).to(setting.device), case, setting)
+        for name, share in shares(step, setting.device).items():
+            row = Row("profile", case.name, name, setting.device.type, setting.precision, case.batch, "%", (share,))
+            rows.append(row)
+    return rows
+
+
+def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Percent of the time in operators of each kind, the largest first; after two steps to warm up."""
+    for _ in range(2):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as recorded:
+        for _ in range(STEPS):
+            step()
+        synchronise(device)
+    seconds: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        took = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if event.key.startswith("aten::"):  # kernels of a GPU are also listed apart from the operators they belong to
+            seconds[kind(event.key.removeprefix("aten::"))] += took
+    whole = sum(seconds.values())
+    return {name: 100 * took / whole for name, took in sorted(seconds.items(), key=lambda item: -item[1])}
+
+
+def kind(operator: str) -> str:
+    """The kind of an operator, by its name without `aten::`."""
+    return next((name for name, starts in KINDS.items() if operator.startswith(starts)), OTHER)

@@ -1,0 +1,37 @@
+"""Results as text: aligned columns, and JSON."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def as_json(content: Any) -> str:
+    """For programs to read."""
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns; those whose heading starts with > to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return rendered(lambda console: console.print(grid))
+
+
+def rendered(draw: Callable[["Console"], None]) -> str:
+    """What `draw` prints, as wide and as coloured as stdout can show: a file or a pipe gets lines of any length."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with console.capture() as captured:
+        draw(console)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,0 +1,101 @@
+"""The commands for weights that come from elsewhere or go there: import, export, and the table of variants."""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitrail.arguments import Parser, add_json, at_least_one, one_of
+from vitrail.tables import as_json, table
+
+LIBRARIES = ("transformers", "timm")
+
+
+def take_import(parser: Parser, argv: Sequence[str]) -> None:
+    """The weights, and what becomes of them."""
+    what = "an official checkpoint (.npz), a folder of transformers or timm, or a run folder"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=what)
+    parser.add_argument("--output", type=Path, metavar="RUN", required=True, help="the run folder, never overwritten")
+    resized = "resize its position embeddings to images of this size"
+    parser.add_argument("--image-size", type=at_least_one, metavar="N", help=resized)
+    headed = "put a new head of zeros on, for this many classes"
+    parser.add_argument("--num-classes", type=at_least_one, metavar="N", help=headed)
+
+
+def do_import(args: argparse.Namespace) -> str:
+    """Make a run folder of weights from elsewhere."""
+    from vitrail.exchange import import_run
+
+    run, model = import_run(args.source, args.output, image_size=args.image_size, num_classes=args.num_classes)
+    config, name = model.config, shlex.quote(str(run.path))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    lines = [
+        f"{run.path}: {parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, patches of "
+        f"{config.patch_size}, images of {config.image_size}, {config.num_classes:,} classes",
+    ]
+    if not model.head.weight.any():
+        lines += ["", "Its head is zero: it gives each class the same probability until it is trained."]
+    else:
+        lines += ["", f"then  vitrail evaluate {name} --data D", f"      vitrail predict {name} IMAGE"]
+    return "\n".join(lines)
+
+
+def take_export(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and the library that is to load it."""
+    what = "a run folder, or anything that vitrail import takes"
+    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    metavar = "{" + ",".join(LIBRARIES) + "}"
+    parser.add_argument("--to", type=one_of(LIBRARIES), metavar=metavar, required=True, help="whose format")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="must not exist")
+
+
+def do_export(args: argparse.Namespace) -> str:
+    """Write a run's weights as another library loads them, and say how close what was written comes."""
+    from vitrail.exchange import export_model
+
+    done = export_model(args.run, args.to, args.output)
+    files = sorted(file.name for file in done.path.iterdir())
+    folder = repr(str(done.path))
+    loaded = {
+        "transformers": f"transformers.ViTForImageClassification.from_pretrained({folder})",
+        "timm": f"timm.create_model({'local-dir:' + str(done.path)!r}, pretrained=True)",
+    }
+    return "\n".join(
+        [
+            f"{done.path}: {', '.join(files)}",
+            f"parity: read back, its outputs on {done.images} random images differ from those of {args.run} by at most "
+            f"{done.difference:.2g}",
+            "",
+            f"in Python  {loaded[args.to]}",
+        ]
+    )
+
+
+def take_variants(parser: Parser, argv: Sequence[str]) -> None:
+    """The size of the images."""
+    parser.add_argument("--image-size", type=at_least_one, metavar="N", default=224, help="side in pixels (224)")
+    add_json(parser)
+
+
+def do_variants(args: argparse.Namespace) -> str:
+    """The models that have names, and what each takes."""
+    from vitrail.variants import VARIANTS, sizes
+
+    found = sizes(args.image_size)
+    if args.json:
+        return as_json([dataclasses.asdict(size) | {"image_size": args.image_size} for size in found])
+    columns = ("variant", ">layers", ">width", ">MLP", ">heads", ">parameters", ">GFLOP/image", ">weights, MB")
+    rows = [
+        (size.name, f"{size.num_layers}", f"{size.hidden_size}", f"{size.mlp_dim}", f"{size.num_heads}",
+         f"{size.parameters:,}", f"{size.flops / 1e9:,.1f}", f"{size.bytes / 1e6:,.0f}")
+        for size in found
+    ]  # fmt: skip
+    notes = [
+        f"At {args.image_size} × {args.image_size} pixels and 1,000 classes; weights in float32. FLOP are those of one "
+        "image's logits, every token computed,",
+        "2 for each multiply-add: papers that count these as one quote half. In Python: vitrail.create(VARIANT).",
+    ]
+    if left := [name for name in VARIANTS if name not in {size.name for size in found}]:
+        notes.append(f"Images of {args.image_size} pixels do not divide into the patches of {', '.join(left)}.")
+    return "\n".join([table(columns, rows), "", *notes])
