@@ -148,5 +148,5 @@ def test_activations_computed_twice_give_the_same_gradient_from_less_memory() ->
 
 def test_peak_memory_is_that_of_the_process() -> None:
     before = peak_memory(CPU)
-    block = torch.ones(before // 4)  # as much again, in float32
-    assert peak_memory(CPU) >= before + 0.9 * block.nbytes
+    block = torch.ones(3 * before // 8)  # in float32: half as much again as there has been
+    assert peak_memory(CPU) >= block.nbytes > 1.4 * before

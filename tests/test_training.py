@@ -205,17 +205,6 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(whole: Path, tmp_
     assert ours == theirs
 
 
-def test_a_compiled_model_learns_the_same_under_the_same_names(tmp_path: Path) -> None:
-    settings = {"epochs": 1, "dropout": 0.0}
-    plain, compiled = train(tmp_path / "a", **settings), train(tmp_path / "b", compile=True, **settings)
-    found, expected = (load_file(result.run / WEIGHTS) for result in (compiled, plain))
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        if not name.endswith("qkv.bias"):  # the keys' has no effect: Adam makes steps of what is only rounding
-            torch.testing.assert_close(found[name], weight, atol=2e-3, rtol=1e-2)
-    assert compiled.results["loss"] == pytest.approx(plain.results["loss"], rel=1e-3)
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_in_the_middle_of_an_epoch(
     number: signal.Signals, status: int, whole: Path, tmp_path: Path
