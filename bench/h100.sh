@@ -1,47 +1,53 @@
 #!/usr/bin/env bash
 # The GPU rows of docs/speed.md, and the runs whose time counts, in pieces of under 8 minutes each. The page with its
-# rows and the run folders go to $OUT; a run that its time was too short for goes on when its piece is named again.
+# rows and the run folders go to $OUT; what a piece had no time for it takes up when it is named again.
 #
-#   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh speed        # training, inference and memory beside peers, the floor
-#   DATA=tiny-imagenet-200 OUT=out bench/h100.sh input            # a folder here: ImageFolder reads from it
-#   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh vit-12       # the original's 150 epochs
-#   bench/h100.sh --toy                                           # every piece, small, on the processor: do they run?
+#   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh training inference rest   # beside peers, and the floor
+#   DATA=tiny-imagenet-200 OUT=out bench/h100.sh input       # a folder here: ImageFolder reads from it
+#   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh vit-12  # the original's 150 epochs; SEED=1 for another seed
+#   vitrail bench --add out/results/speed/NAME.json --output docs/speed.md     # afterwards: the rows, on the page
+#   bench/h100.sh --toy                                      # every piece, small, on the processor: do they run?
 #
 # It needs torch >= 2.11, what vitrail needs and the peers (pip install 'vitrail[bench]'), and no network.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
 OUT=${OUT:-$root/bench/out}
 SECONDS_A_PIECE=${SECONDS_A_PIECE:-450}
-device=cuda
+SEED=${SEED:-0}
 bench=(--device cuda --precision bf16)
 train=(--device cuda --precision bf16 --compile)
 
+# Ended for want of time it has kept what it had: status 124, which is none to stop for.
 vitrail() {
-  timeout --signal=TERM "$SECONDS_A_PIECE" "${PYTHON:-python3}" -m vitrail "$@"
-}
-
-# A training run of the recipe $1, begun or taken up again. Ended for want of time it has saved its state: status 124.
-run() {
-  local name=$1 status=0
-  shift
-  if [[ -f $OUT/$name/results.json ]]; then
-    echo "$name is done: $OUT/$name"
-  elif [[ -d $OUT/$name ]]; then
-    vitrail train --resume --output "$OUT/$name" || status=$?
-  else
-    vitrail train "$name" --data "$DATA" --output "$OUT/$name" "${train[@]}" "$@" || status=$?
-  fi
+  local status=0
+  timeout --signal=TERM "$SECONDS_A_PIECE" "$python" -m vitrail "$@" || status=$?
+  [[ $status != 124 ]] || echo "time is up; name the piece again to go on"
   [[ $status == 0 || $status == 124 ]] || exit "$status"
 }
 
+# The training run of the recipe $1, begun or taken up.
+run() {
+  local folder=$OUT/$1-$SEED
+  if [[ -f $folder/results.json ]]; then
+    echo "$1 is done: $folder"
+  elif [[ -f $folder/last/state.safetensors ]]; then
+    vitrail train --resume --output "$folder" --data "$DATA"
+  else
+    rm -rf "$folder" # ended before its first checkpoint
+    vitrail train "$1" --data "$DATA" --seed "$SEED" --output "$folder" "${train[@]}" "${@:2}"
+  fi
+}
+
 piece() {
-  echo "== $1 on $device, $(date -u +%H:%M:%S)"
+  echo "== $1, $(date -u +%H:%M:%S)"
   case $1 in
-    speed) vitrail bench training profile inference memory "${bench[@]}" --output "$OUT/docs/speed.md" ;;
-    input) vitrail bench input "${bench[@]}" --data "$DATA" --output "$OUT/docs/speed.md" ;;
+    training | inference) vitrail bench "$1" "${bench[@]}" --output "$OUT/docs/speed.md" ;;
+    rest) vitrail bench profile memory start "${bench[@]}" --output "$OUT/docs/speed.md" ;;
+    input) vitrail bench input "${bench[@]}" ${DATA:+--data "$DATA"} --output "$OUT/docs/speed.md" ;;
     vit-12) run vit-12 "${small[@]}" ;;
-    *) echo "there is no piece $1; there are speed, input and vit-12" >&2; exit 2 ;;
+    *) echo "there is no piece $1; there are training, inference, rest, input and vit-12" >&2; exit 2 ;;
   esac
 }
 
@@ -49,18 +55,28 @@ small=()
 if [[ ${1:-} == --toy ]]; then
   OUT=$(mktemp -d)
   trap 'rm -rf "$OUT"' EXIT
-  device=cpu
-  bench=(--device cpu --precision fp32 --rounds 1 --seconds 0)
+  bench=(--device cpu --precision fp32 --rounds 1 --seconds 0 --toy)
   train=(--device cpu --compile)
-  small=(--epochs 1 --image-size 16 --patch-size 4 --hidden-size 32 --mlp-dim 64 --num-heads 2 --num-layers 1)
-  piece speed
-  vitrail bench input "${bench[@]}" # of images that it makes
-  DATA=digits SECONDS_A_PIECE=8 piece vit-12            # ended in the middle, most likely,
-  DATA=digits piece vit-12                              # and taken up
-  [[ -f $OUT/vit-12/results.json ]] && echo "every piece runs"
+  small=(--epochs 2 --image-size 16 --patch-size 4 --hidden-size 32 --mlp-dim 64 --num-heads 2 --num-layers 1)
+  mkdir -p "$OUT/docs"
+  for name in training inference rest; do piece "$name"; done
+  DATA='' piece input # of images that it makes
+  DATA=digits
+  run vit-12 "${small[@]}" --stop-after 1
+  rm "$OUT/vit-12-0/results.json" # as if its time had been up
+  piece vit-12
+  [[ $(wc -l < "$OUT/vit-12-0/metrics.jsonl") == 2 && -f $OUT/vit-12-0/results.json ]] || { echo "vit-12 was not taken up" >&2; exit 1; }
+  echo "every piece runs"
   exit
 fi
-[[ $# -gt 0 ]] || { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
+[[ $# -gt 0 ]] || { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
 [[ -n ${DATA:-} ]] || { echo "say where Tiny ImageNet is: DATA=tiny-imagenet-200.zip $0 $*" >&2; exit 2; }
+"$python" - <<'CHECK'
+import sys, torch
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    sys.exit(f"torch is {torch.__version__}; the rows are of 2.11 or later")
+if not torch.cuda.is_available():
+    sys.exit("torch sees no GPU")
+CHECK
 mkdir -p "$OUT/docs"
 for name in "$@"; do piece "$name"; done

@@ -61,6 +61,19 @@ def test_every_image_comes_once_an_epoch_across_the_borders_of_batches() -> None
     assert [batches.first_step(epoch) for epoch in range(4)] == [0, 4, 7, 10]
 
 
+def test_images_are_smaller_in_the_first_share_of_the_steps() -> None:
+    recipe = replace(RECIPE, batch_size=12, patch_size=2, first_size=4, first_share=0.7)
+    growing, full = batches_of(SQUARES, recipe), batches_of(SQUARES, replace(recipe, first_size=None))
+    assert [growing.size(step) for step in range(growing.steps)] == [4, 4, 4, 4, 8]  # 0.7 of 5 steps are 3.5
+    small, large = next(growing.parts(0))[0], next(full.parts(0))[0]
+    rows = torch.zeros(4, 10)
+    for row in range(4):  # the triangle of an antialiased bilinear kernel, cut off at the edges
+        rows[row, 2 * row : 2 * row + 4] = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    rows = rows[:, 1:9] / rows[:, 1:9].sum(1, keepdim=True)
+    torch.testing.assert_close(small, rows @ large @ rows.T)
+    assert torch.equal(next(growing.parts(4))[0], next(full.parts(4))[0])
+
+
 def test_a_batch_larger_than_the_data_set_is_filled() -> None:
     batches = batches_of(SQUARES, replace(RECIPE, batch_size=50))
     assert batches.steps == 2

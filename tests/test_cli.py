@@ -169,7 +169,7 @@ def test_files_and_flags_in_any_order() -> None:
         (["train", "--epoch", "3"], "no flag --epoch; did you mean '--epochs'?"),
         (["train", "--epoch=3"], "no flag --epoch; did you mean '--epochs'?"),
         (["train", "--no-compil"], "no flag --no-compil; did you mean '--no-compile'?"),
-        (["train", "--optimizer", "adamm"], "'adamm' is not one of adamw, adam, sgd; did you mean"),
+        (["train", "--optimizer", "adamm"], "'adamm' is not one of adamw, adam, sgd, muon; did you mean"),
         (["train", "--precision", "x"], "'x' is not one of fp32, bf16. "),
         (["train", "--epochs", "3.5"], "--epochs: '3.5' is no whole number"),
         (["train", "--epochs"], "--epochs: expected one argument"),

@@ -1,5 +1,6 @@
 """The model is the official one: its numbers, its sizes, its initial weights; and says what is wrong with a shape."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from vitrail.model import (
     Dropout,
     TransformerEncoderBlock,
     VisionTransformer,
-    resize_position_embedding,
 )  # fmt: skip
+from vitrail.positions import resize_position_embedding
 from vitrail.variants import VARIANTS, flops
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -288,6 +289,24 @@ def test_shapes_that_cannot_be_are_refused_with_those_that_can(changed: dict[str
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(BadInput, match=r"takes images of shape \(batch, 3, 16, 16\), not \(" + str(shape)[1:-1]):
         VisionTransformer(SMALL)(torch.zeros(shape))
+
+
+def test_in_training_images_may_be_smaller_and_position_embeddings_follow() -> None:
+    model = VisionTransformer(replace(SMALL, dropout=0.0))
+    torch.nn.init.normal_(model.head.weight)
+    images, other = torch.randn(2, 3, 12, 12), copy.deepcopy(model)
+    other.resize(12)
+    logits = model(images)
+    assert torch.equal(logits, other(images))
+    logits.square().sum().backward()
+    gradient = model.get_parameter("position_embedding").grad
+    assert gradient is not None
+    assert (gradient != 0).any(-1).all()
+    for shape in [(2, 3, 8, 12), (2, 3, 10, 10), (2, 1, 8, 8), (2, 3, 0, 0)]:
+        with pytest.raises(BadInput, match="takes images of shape"):
+            model(torch.zeros(shape))
+    with pytest.raises(BadInput, match="takes images of shape"):
+        model.eval()(images)
 
 
 def test_a_wrong_channel_count_is_not_answered_with_a_resize() -> None:

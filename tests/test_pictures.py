@@ -32,11 +32,32 @@ def test_labels_are_spread() -> None:
 
 
 def test_chart_leaves_out_what_is_not_finite() -> None:
-    series = [pictures.Series("a", "x", [1.0, None, float("nan"), 3.0]), pictures.Series("b", "x", [None] * 4)]
-    chart = pictures.chart("Loss", [1, 2, 3, 4], series, str)
+    epochs = [1, 2, 3, 4]
+    series = [
+        pictures.Series("a", "x", epochs, [1.0, None, float("nan"), 3.0]), pictures.Series("b", "x", epochs, [None] * 4)
+    ]  # fmt: skip
+    chart = pictures.chart("Loss", series, str)
     assert chart is not None
     assert [(c.name, c.path) for c in chart.curves] == [("a", "M0.00 66.67M100.00 0.00")]
-    assert pictures.chart("Loss", [1], [pictures.Series("b", "x", [float("inf")])], str) is None
+    assert pictures.chart("Loss", [pictures.Series("b", "x", [1], [float("inf")])], str) is None
+
+
+def test_curves_that_do_not_share_their_x() -> None:
+    minutes = pictures.Axis("minutes", lambda at: f"{at:g} min", lambda at: f"{at:g}")
+    short = pictures.Series("a", "x", [1, 3], [2.0, 4.0], called="A, short")
+    long = pictures.Series("b", "y", [2, 4], [1.0, 3.0], between=([0.5, 2.0], [2.0, 6.0]))
+    chart = pictures.chart("Loss", [short, long], str, by=minutes)
+    assert chart is not None
+    assert [tick.text for tick in chart.y] == ["0.0", "2.0", "4.0", "6.0"]  # so that the area fits in
+    assert [tick.text for tick in chart.x] == ["0", "1", "2", "3", "4"]  # from 0, where no point is
+    assert [curve.path for curve in chart.curves] == ["M25.00 66.67L75.00 33.33", "M50.00 83.33L100.00 50.00"]
+    assert [curve.area for curve in chart.curves] == ["", "M50.00 91.67L100.00 66.67L100.00 0.00L50.00 66.67Z"]
+    assert chart.hover["title"] == ["1 min", "2 min", "3 min", "4 min"]
+    assert chart.hover["curves"] == [
+        # between its own points the value of the earlier one, but no dot; nothing behind its last, nor before its first
+        {"name": "A, short", "kind": "x", "y": [66.67, None, 33.33, None], "text": ["2.0", "2.0", "4.0", "–"]},
+        {"name": "b", "kind": "y", "y": [None, 83.33, None, 50.0], "text": ["–", "1.0", "1.0", "3.0"]},
+    ]
 
 
 def test_thumbnails() -> None:

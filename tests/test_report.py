@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pages import CHROMIUM, Browser, Page, assert_self_contained
 from PIL import Image
 from safetensors.numpy import save_file
@@ -19,9 +20,11 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from vitrail import __version__, pictures, report
 from vitrail.cache import Dataset, Images
+from vitrail.checkpoint import write_tensors
 from vitrail.errors import BadInput
 from vitrail.evaluate import Predictions, figures
 from vitrail.recipes import RECIPES, resolve
+from vitrail.views import samples
 
 EPOCHS = RECIPES["digits"].epochs
 
@@ -79,7 +82,7 @@ def answer(dataset: Dataset) -> Predictions:
 
 def begin(run: Path, epochs: int = 3, **overrides: Any) -> Path:
     """A run that goes on: no results yet."""
-    resolved = resolve("digits", **overrides)
+    resolved = resolve("digits", **{"image_size": 8, **overrides})
     run.mkdir()
     settings = {k: {"value": v, "set_by": resolved.set_by[k]} for k, v in asdict(resolved.recipe).items()}
     (run / "recipe.yaml").write_text(json.dumps({"recipe": "digits", "settings": settings}))
@@ -113,6 +116,15 @@ def finish(run: Path, dataset: Dataset, epochs: int = 3) -> Path:
     (run / "model" / "config.json").write_text(json.dumps({"classes": dataset.classes}))
     save_file(predictions.arrays(), run / "predictions.safetensors")
     return run
+
+
+def pictured(page: Page, section: str) -> list[Any]:
+    """The images of a section, decoded."""
+    html = re.search(f'<section id="{section}">(.*?)</section>', page.html, flags=re.DOTALL)
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        for data in re.findall(r'src="data:image/\w+;base64,([^"]+)"', html[1] if html else "")
+    ]
 
 
 # Figures
@@ -197,8 +209,7 @@ def test_the_wrong_picture_is_not_shown(tmp_path: Path) -> None:
     page = Page(report.write_report(run, dataset))
     said, confidence = predictions.predicted[:, 0], predictions.probability[:, 0]
     worst = max(np.flatnonzero(said != split.labels), key=lambda i: confidence[i]).item()
-    data = page.values("img", "src")[0].split(",")[1]
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), split.image(worst))
+    np.testing.assert_array_equal(pictured(page, "mistakes")[0], split.image(worst))
     sure = pictures.percent(confidence[worst], 0)
     assert f"said digit {said[worst]} {sure} is digit {split.labels[worst]}" in page.text
     shuffled = replace(dataset, splits={**dataset.splits, "test": split.take(np.arange(len(split))[::-1])})
@@ -207,12 +218,48 @@ def test_the_wrong_picture_is_not_shown(tmp_path: Path) -> None:
     assert "the data set is no longer the one that was scored" in page.text
 
 
+def test_what_the_model_saw(tmp_path: Path) -> None:
+    dataset = digits()
+    train = dataset.splits["train"]
+    recipe = resolve("digits", image_size=8, cutmix=1.0).recipe
+    page = Page(report.write_report(begin(tmp_path / "run", cutmix=1.0), dataset))
+    assert_self_contained(page)
+    seen, rows = pictured(page, "seen"), samples(train, recipe, 4, 5)
+    shown = [pixels for row in rows for pixels in (row.pixels, *(view.pixels for view in row.views))]
+    np.testing.assert_array_equal(seen, shown)
+    for place, row in enumerate(rows):
+        np.testing.assert_array_equal(seen[6 * place], train.image(train.names.index(row.name)))
+    share = pictures.percent(rows[0].views[0].share, 0)
+    assert f"{share} {dataset.classes[rows[0].label]}" in page.text
+    plain = Page(report.write_report(begin(tmp_path / "plain", rotate=0.0, crop=0), dataset))
+    assert "This recipe has no augmentation" in plain.text
+    np.testing.assert_array_equal(pictured(plain, "seen"), [row.pixels for row in rows])
+
+
+def test_what_the_model_saw_is_not_of_other_images(tmp_path: Path) -> None:
+    dataset, run = digits(), begin(tmp_path / "run")
+    for images, there in ((dataset.digest(), True), (digits(9).digest(), False)):
+        write_tensors(run / "last" / "state.safetensors", {"x": torch.zeros(1)}, {"images": images, "step": 3})
+        page = Page(report.write_report(run, dataset))
+        assert ("What the model saw" in page.text) == there
+        assert bool(page.values("img", "src")) == there
+
+
+def test_what_the_model_saw_is_small(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", image_size=64, resized_crop=0.1, erase=1.0)
+    page = Page(report.write_report(run, noise(300, 10, 64)))
+    sources = page.values("img", "src")
+    assert len(sources) % 6 == 0
+    assert 6 <= len(sources) < 24
+    assert sum(map(len, sources)) <= 300_000
+
+
 def test_running(tmp_path: Path) -> None:
     page = Page(report.write_report(begin(tmp_path / "run"), digits()))
     assert_self_contained(page)
     assert f"Not finished: 3 of {EPOCHS} epochs so far" in page.text
     assert "73.3% top-1 accuracy on test images after epoch 3" in page.text
-    assert page.values("img", "src") == []
+    assert len(page.values("img", "src")) == len(pictured(page, "seen")) == 24
     assert len(page.values("div", "data-hover")) == 4
     hover = json.loads(page.values("div", "data-hover")[0])
     assert hover["title"] == ["epoch 1", "epoch 2", "epoch 3"]

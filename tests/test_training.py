@@ -29,10 +29,10 @@ from vitrail.model import VisionTransformer
 from vitrail.recipes import RECIPES, resolve
 from vitrail.training import Result, model_config
 
-# A small model, with all that draws random numbers: order, augmentation and dropout
+# A small model, with all that draws random numbers: order, augmentation, and dropout of each kind
 TINY: dict[str, Any] = {
     "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1, "epochs": 3, "batch_size": 64, "accumulate": 2,
-    "dropout": 0.1, "crop": 1, "rotate": 10.0, "lr": 3e-3, "clip": 1.0,
+    "dropout": 0.1, "stochastic_depth": 0.1, "patch_dropout": 0.1, "crop": 1, "rotate": 10.0, "lr": 3e-3, "clip": 1.0,
 }  # fmt: skip
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 PATIENCE = 300  # seconds for what hangs, not for what is slow on a busy machine
@@ -235,6 +235,23 @@ def test_stopping_after_an_epoch_and_going_on_is_one_run(whole: Path, tmp_path: 
     assert sorted(event.step for events in written for event in events) == [23, 45, 68]
 
 
+def test_a_run_with_all_there_is_to_optimise_by_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "optimizer": "muon", "weight_decay": 0.05, "layer_decay": 0.8, "decay_share": 0.5, "average": 0.9,
+        "first_size": 8, "first_share": 0.6, "epochs": 2,
+    }  # fmt: skip
+    straight = train(tmp_path / "straight", **settings)
+    assert straight.results["loss"] < 2.25  # less than chance, ln 10
+    first = train(tmp_path / "run", stop_after=1, **settings)
+    second = vitrail.train(output=first.run, resume=True)
+    assert (second.run / WEIGHTS).read_bytes() == (straight.run / WEIGHTS).read_bytes()
+    # The average is evaluated and shipped; what it is an average of is what training goes on with.
+    shipped, kept = load_file(second.run / WEIGHTS), load_file(second.run / "last" / "state.safetensors")
+    assert all(torch.equal(weight, kept[f"average.{name}"]) for name, weight in shipped.items())
+    assert not torch.equal(shipped["norm.weight"], kept["model.norm.weight"])
+    assert evaluate_run(second.run)["loss"] == second.results["loss"]
+
+
 def test_a_kill_between_an_epochs_line_and_its_checkpoint_leaves_one_line(whole: Path, tmp_path: Path) -> None:
     script = """
 import os, signal, sys, vitrail
@@ -274,7 +291,8 @@ def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_batch_in_parts_gives_the_same_step_to_rounding(tmp_path: Path) -> None:
-    settings = {"dropout": 0.0, "epochs": 1, "optimizer": "sgd", "lr": 0.1}
+    noiseless = dict.fromkeys(("dropout", "stochastic_depth", "patch_dropout"), 0.0)
+    settings = {**noiseless, "epochs": 1, "optimizer": "sgd", "lr": 0.1}
     runs = [train(tmp_path / f"{parts}", accumulate=parts, **settings).run for parts in (1, 4)]
     one, four = (load_file(run / WEIGHTS) for run in runs)
     for name, weight in one.items():
@@ -379,6 +397,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
         ({"precision": "fp16"}, "it must be one of fp32, bf16; did you mean"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"seed": 2**70}, r"below 2\^63"),
+        ({"first_size": 10}, "with patches of 4 and images of 16 pixels it may be 4, 8, 12"),
+        ({"first_size": 16}, "it may be 4, 8, 12"),
+        ({"decay_share": 0.0}, "decay_share is 0.0; it must be above 0 and at most 1"),
+        ({"layer_decay": 1.1}, "layer_decay is 1.1; it must be above 0"),
+        ({"average": 1.0}, "average is 1.0; it must be at least 0 and below 1"),
         ({"num_heads": 3}, "take 1, 2, 4, 8, 16 heads"),
         ({"accumulate": 3}, "accumulate may be 1, 2, 4"),
         ({"batch_sise": 3}, "no setting 'batch_sise'; did you mean 'batch_size'"),

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -191,6 +192,14 @@ class TrainingBatches:
             )
         self.divided_by = next(n for n in range(self.divided_by + 1, most + 1) if most % n == 0)
 
+    def size(self, step: int) -> int:
+        """Side of the images that the model sees in a step: the recipe's `first_size`, where it has one, in the first
+        share of the whole run (2104.00298, section 4), then that of the images."""
+        recipe = self.recipe
+        if recipe.first_size is not None and step < recipe.first_share * self.steps:
+            return recipe.first_size
+        return self.pixels.size
+
     def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Targets]]:
         """Normalised images of the step's batch and what they show, in `divided_by` equal parts."""
         with self.watch.running():
@@ -198,12 +207,14 @@ class TrainingBatches:
             draws = draw(self.recipe, len(index), generator(self.recipe.seed, "augmentation", step))
             if self.recipe.flip == "alternate":
                 draws = replace(draws, mirrored=self.directions(step))
-        size = len(index) // self.divided_by
+        size, side = len(index) // self.divided_by, self.size(step)
         for start in range(0, len(index), size):
             rows = slice(start, start + size)
             with self.watch.running():
-                part = self.make(index[rows], draws.part(rows))
-            yield part
+                images, targets = self.make(index[rows], draws.part(rows))
+                if side != self.pixels.size:
+                    images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+            yield images, targets
 
     def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Targets]:
         """Those images, on the device, augmented and normalised, and what they show."""

@@ -287,15 +287,21 @@ class Run:
         model.load_state_dict(tensors, assign=True)
         return model, classes
 
-    def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-        """Write all that resuming needs: weights, the optimizer's state, and `progress` as JSON."""
+    def save_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], progress: dict[str, Any]
+    ) -> None:
+        """Write all that resuming needs: weights, the optimizer's state, the running average of the weights by their
+        names (empty if there is none), and `progress` as JSON."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
         for name, weight in model.named_parameters():
             tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
         write_tensors(self.path / "last" / "state.safetensors", tensors, progress)
 
-    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Put the saved state into a model and its optimizer; returns `progress`.
+    def load_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """Put the saved state into a model, its optimizer and the average of its weights; returns `progress`.
 
         Raises:
             BadInput: there is no state, it is damaged, or it is of a model of another shape.
@@ -304,9 +310,11 @@ class Run:
         if not path.is_file():
             raise BadInput(f"{self.path} cannot be resumed: it was ended before its first checkpoint. Train anew.")
         tensors, progress = read_tensors(path)
-        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        check_shapes(model.state_dict(), weights, path)
-        model.load_state_dict(weights)
+        for prefix, own in (("model.", model.state_dict()), ("average.", average)):
+            found = {name.removeprefix(prefix): saved for name, saved in tensors.items() if name.startswith(prefix)}
+            check_shapes(own, found, path)
+            for name, tensor in own.items():
+                tensor.copy_(found[name])
         for name, weight in model.named_parameters():
             prefix = f"optimizer.{name}."
             for key, value in tensors.items():

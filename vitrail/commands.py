@@ -9,12 +9,13 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, one_of, real, shown
 from vitrail.errors import BadInput
 from vitrail.recipes import RECIPES, Recipe, resolve
-from vitrail.tables import as_json, rendered, table
+from vitrail.show_commands import do_compare, do_data, take_compare, take_data
+from vitrail.tables import as_json, table
 from vitrail.weight_commands import do_export, do_import, do_variants, take_export, take_import, take_variants
 
 HEADINGS = {"data": "images", "patch_size": "model", "epochs": "optimisation", "seed": "where and how"}
@@ -181,20 +182,6 @@ def check_own_data(path: Path) -> None:
     raise BadInput(f"{path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
-def take_data(parser: Parser, argv: Sequence[str]) -> None:
-    """The data set."""
-    parser.add_argument("data", metavar="D", help="digits, tiny-imagenet, a folder, or a .zip / .tar archive")
-    add_json(parser)
-
-
-def do_data(args: argparse.Namespace) -> str:
-    """Say what is in a data set, and what is wrong with it."""
-    from vitrail.survey import inspect, show
-
-    found = inspect(args.data)
-    return as_json(found.to_dict()) if args.json else rendered(lambda console: show(found, console))
-
-
 def take_recipes(parser: Parser, argv: Sequence[str]) -> None:
     """Nothing but the form."""
     add_json(parser)
@@ -228,13 +215,15 @@ def take_bench(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("tasks", nargs="*", type=one_of(BENCH_TASKS), metavar="TASK", help=tasks)
     devices, precisions = ("auto", "cpu", "cuda"), ("fp32", "bf16")
     parser.add_argument("--device", type=one_of(devices), metavar="{auto,cpu,cuda}", default="auto", help="(auto)")
-    by_device = "(bf16 on cuda, fp32 on cpu)"
+    by_device = "(bf16 on cuda; fp32 on cpu, and bf16 where its products are faster)"
     parser.add_argument("--precision", type=one_of(precisions), metavar="{fp32,bf16}", help=by_device)
     parser.add_argument("--rounds", type=at_least_one, metavar="N", default=5, help="turns of each contender (5)")
     parser.add_argument("--seconds", type=real, metavar="X", default=2.0, help="length of a turn, at least a step (2)")
     parser.add_argument("--data", type=Path, metavar="D", help="has train/CLASS/* of 64 × 64 pixels (some are made)")
     places = "its plot into images/ beside it, the rows into ../results/speed"
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"keep it in this page too, {places}")
+    parser.add_argument("--toy", action="store_true", help="of a model that is next to nothing: does everything run?")
+    parser.add_argument("--add", type=Path, metavar="ROWS", help="measure nothing: put rows kept elsewhere on the page")
     add_json(parser)
 
 
@@ -245,20 +234,29 @@ def do_bench(args: argparse.Namespace) -> str:
     from vitrail.bench import measure
     from vitrail.environment import describe
     from vitrail.evaluate import pick_device
+    from vitrail.floor import precisions
     from vitrail.rounds import Setting, cases
-    from vitrail.speedpage import COLUMNS, check_page, notes, table_rows, write_page
+    from vitrail.speedpage import COLUMNS, add_record, check_page, notes, table_rows, write_page
 
+    if args.add is not None:
+        if args.output is None:
+            raise BadInput("--add needs --output PAGE, on which the rows go.")
+        return f"{add_record(args.output, args.add)} rows of {args.add} are in {args.output}"
     device = pick_device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    precision: Literal["fp32", "bf16"] = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.output is not None:
         check_page(args.output, describe(device))  # now, not when it has been measured
-    setting = Setting(device, precision, args.rounds, args.seconds, cases(device), args.data)
-    session = measure(list(dict.fromkeys(args.tasks)) or BENCH_TASKS, setting)
-    if args.output is not None:
-        write_page(args.output, session)
+    sessions, tasks = [], list(dict.fromkeys(args.tasks)) or list(BENCH_TASKS)
+    for precision in [args.precision] if args.precision else precisions(device):
+        setting = Setting(device, precision, args.rounds, args.seconds, cases(device, args.toy), args.data)
+        found = None
+        for found in measure(tasks, setting):  # what there is so far, after each task
+            if args.output is not None:
+                write_page(args.output, found)
+        sessions += [found] if found is not None else []
+        tasks = [task for task in tasks if task not in ("input", "start")]  # which have no precision: once is enough
     if args.json:
-        return as_json(dataclasses.asdict(session))
-    return "\n".join([table(COLUMNS, table_rows(session)), "", *notes(session.rows)])
+        return as_json([dataclasses.asdict(session) for session in sessions])
+    return "\n\n".join("\n".join([table(COLUMNS, table_rows(one)), "", *notes(one.rows)]) for one in sessions)
 
 
 def headline(figures: dict[str, Any]) -> str:
@@ -290,8 +288,14 @@ COMMANDS = {
     "report": Command("write the page of a run anew", ("vitrail report runs/digits",), take_report, do_report),
     "data": Command(
         "what is in a data set, and what is wrong with it",
-        ("vitrail data digits", "vitrail data photos.zip"),
+        ("vitrail data digits", "vitrail data photos.zip",
+         "vitrail data tiny-imagenet --augmented --recipe vit-12 --policy 3-augment --cutmix 1"),
         take_data, do_data,
+    ),
+    "compare": Command(
+        "runs side by side: a table as Markdown, and a page with their curves",
+        ("vitrail compare runs/digits runs/digits-2", "vitrail compare runs/vit-12 results/original-vit-12.json"),
+        take_compare, do_compare,
     ),
     "recipes": Command("what there is to train", ("vitrail recipes",), take_recipes, do_recipes),
     "variants": Command(

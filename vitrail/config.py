@@ -1,5 +1,6 @@
 """The shape of a Vision Transformer, and what its images are normalised by."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,12 @@ MOST_LAYERS = 1000
 
 Classifier = Literal["token", "gap"]
 Gelu = Literal["tanh", "exact"]
+Positions = Literal["learnt", "sincos", "rotary"]
+Stem = Literal["patch", "convolutions"]
 Colours = tuple[float, float, float]  # red, green, blue
+
+# What later papers add to what the model computes; no other library's format says all of it.
+ADDITIONS = ("positions", "stem", "registers", "qk_norm", "layer_scale")
 
 # The official code's mean and standard deviation, of pixels from 0 to 1: they become -1…1.
 HALF: Colours = (0.5, 0.5, 0.5)
@@ -39,6 +45,14 @@ class ViTConfig:
     # As the official code has them; weights that were trained by other libraries need theirs.
     gelu: Gelu = "tanh"
     layer_norm_eps: float = 1e-6
+    # What later papers add (additions.py, positions.py); the last two are of training alone.
+    positions: Positions = "learnt"
+    stem: Stem = "patch"
+    registers: int = 0
+    qk_norm: bool = False
+    layer_scale: float | None = None  # what the scales are at first
+    stochastic_depth: float = 0.0
+    patch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "num_classes",
@@ -52,13 +66,14 @@ class ViTConfig:
                 raise BadInput(f"a model with {name} = {value} cannot be; it must be at least 1.")
             if value > MOST:  # a mistake, or a file that would have us take a terabyte
                 raise BadInput(f"a model with {name} = {value} cannot be; it must be at most {MOST:,}.")
-        for name, choices in (("classifier", get_args(Classifier)), ("gelu", get_args(Gelu))):
-            if getattr(self, name) not in choices:
+        for name, kind in (("classifier", Classifier), ("gelu", Gelu), ("positions", Positions), ("stem", Stem)):
+            if getattr(self, name) not in (choices := get_args(kind)):
                 raise BadInput(f"{name} is {shorten(getattr(self, name))}; it must be one of {', '.join(choices)}.")
         if not 0 < self.layer_norm_eps < 1:
             raise BadInput(f"layer_norm_eps is {self.layer_norm_eps}; it must be above 0 and below 1.")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+        for name in ("dropout", "stochastic_depth", "patch_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         blocks: tuple[Any, ...] = self.resnet_blocks or ()
         if not all(isinstance(count, int) and count >= 1 for count in blocks):
             raise BadInput(f"a ResNet with stages of {blocks} cannot be; each must have a block at least.")
@@ -75,6 +90,34 @@ class ViTConfig:
         if self.hidden_size % self.num_heads:
             heads = divisors(self.hidden_size)
             raise BadInput(f"{self.num_heads} heads do not divide a width of {self.hidden_size}: take {heads} heads.")
+        self._check_additions()
+
+    def _check_additions(self) -> None:
+        qk_norm: Any = self.qk_norm  # from a file, it may be anything
+        if not isinstance(qk_norm, bool):
+            raise BadInput(f"qk_norm is {shorten(qk_norm)}; it must be true or false.")
+        registers: Any = self.registers
+        if not isinstance(registers, int) or not 0 <= registers <= MOST:
+            raise BadInput(f"registers is {shorten(registers)}; it must be a whole number from 0 to {MOST:,}.")
+        if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
+            raise BadInput(f"layer_scale is {self.layer_scale}; it must be above 0, or left out.")
+        for positions, what, width in (
+            ("sincos", "a width", self.hidden_size), ("rotary", "heads", self.hidden_size // self.num_heads),
+        ):  # fmt: skip
+            if self.positions == positions and width % 4:
+                raise BadInput(f"{positions} positions need {what} of a multiple of 4 channels, not of {width}.")
+        if self.stem == "convolutions":
+            if self.resnet_blocks is not None:
+                raise BadInput("a hybrid's ResNet is a stem already; leave out stem = 'convolutions'.")
+            if self.patch_size & (self.patch_size - 1) or self.patch_size == 1:
+                raise BadInput(
+                    f"convolutions halve an image until a patch is left: {self.patch_size} is no power of 2."
+                )
+            if self.hidden_size % (self.patch_size // 2):
+                raise BadInput(
+                    f"the stem's first convolution is as wide as {self.hidden_size} / {self.patch_size // 2}, which is "
+                    f"no whole number; take a multiple of {self.patch_size // 2} for hidden_size."
+                )
 
     @property
     def cell(self) -> int:
@@ -87,9 +130,23 @@ class ViTConfig:
         return self.image_size // self.cell
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of those of the patches: the class token, where there is one, and the registers."""
+        return (self.classifier == "token") + self.registers
+
+    @property
     def num_tokens(self) -> int:
-        """T, the length of the sequence: every patch, and the class token where there is one."""
-        return self.grid**2 + (self.classifier == "token")
+        """T, the length of the sequence: every patch, and what stands in front of them."""
+        return self.num_prefix_tokens + self.grid**2
+
+    @property
+    def stem_widths(self) -> list[int]:
+        """Channels behind each convolution of a convolutional stem."""
+        return [self.hidden_size >> more for more in reversed(range(self.patch_size.bit_length() - 1))]
+
+    def kept_patches(self, count: int) -> int:
+        """How many of an image's patches a training step goes on with."""
+        return max(1, round(count * (1 - self.patch_dropout)))
 
 
 def divisors(number: int) -> str:

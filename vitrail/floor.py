@@ -13,11 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vitrail.config import ViTConfig
+
+Precision = Literal["fp32", "bf16"]  # of the matrix products; weights are float32 in both
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 SAMPLES = 5
 SAMPLE_SECONDS = 0.02  # at least, for each sample: well above what the clock and a launch take
@@ -59,7 +63,7 @@ def products(config: ViTConfig, batch: int, training: bool, every_token: bool = 
     """
     if config.resnet_blocks is not None:
         raise ValueError("the products of a hybrid's ResNet are not counted")
-    forward = _forward(config, batch, every_token)
+    forward = _forward(config, batch, training, every_token)
     found = list(forward)
     if training:
         # Y = X W, of (m, k) and (k, n): the gradient of W is that of Y, transposed, times X; that of X takes W.
@@ -71,24 +75,36 @@ def products(config: ViTConfig, batch: int, training: bool, every_token: bool = 
     return tuple(Product(m, k, n, count, together) for (m, k, n, together), count in counts.items())
 
 
-def _forward(config: ViTConfig, batch: int, every_token: bool) -> list[Product]:
-    """The products of the logits, the patch embedding's first."""
-    width, tokens = config.hidden_size, config.num_tokens
+def _forward(config: ViTConfig, batch: int, training: bool, every_token: bool) -> list[Product]:
+    """The products of the logits, those of the patches first."""
+    width, patches = config.hidden_size, config.grid**2
+    tokens = config.num_prefix_tokens + (config.kept_patches(patches) if training else patches)
     last = tokens if every_token or config.classifier == "gap" else 1  # tokens that the last block is asked for
     whole = config.num_layers - (last < tokens)
     read = config.representation_size or width
     return [
-        Product(batch * config.grid**2, 3 * config.patch_size**2, width),
-        *(_block(config, batch, tokens, whole)),
-        *(_block(config, batch, last, 1) if whole < config.num_layers else []),
+        *_stem(config, batch),
+        *(_block(config, batch, tokens, tokens, whole)),
+        *(_block(config, batch, tokens, last, 1) if whole < config.num_layers else []),
         *([Product(batch, width, read)] if config.representation_size else []),
         Product(batch, read, config.num_classes),
     ]
 
 
-def _block(config: ViTConfig, batch: int, asked: int, count: int) -> list[Product]:
-    """The products of `count` encoder blocks of which the first `asked` tokens are needed."""
-    width, tokens, heads = config.hidden_size, config.num_tokens, config.num_heads
+def _stem(config: ViTConfig, batch: int) -> list[Product]:
+    """The products that make tokens of patches; a convolution is one of what each of its cells sees."""
+    patches, width = config.grid**2, config.hidden_size
+    if config.stem == "patch":
+        return [Product(batch * patches, 3 * config.patch_size**2, width)]
+    widths = config.stem_widths
+    cells = [batch * patches * 4**halvings for halvings in reversed(range(len(widths)))]
+    convolutions = [Product(m, 9 * before, n) for m, before, n in zip(cells, [3, *widths], widths, strict=False)]
+    return [*convolutions, Product(batch * patches, width, width)]
+
+
+def _block(config: ViTConfig, batch: int, tokens: int, asked: int, count: int) -> list[Product]:
+    """The products of `count` encoder blocks on that many tokens, of which the first `asked` are needed."""
+    width, heads = config.hidden_size, config.num_heads
     if asked == tokens:
         project = [Product(batch * tokens, width, 3 * width, count)]
     else:
@@ -114,6 +130,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     size = size or (1024 if device.type == "cpu" else 8192)
     square = Product(size, size, size)
     return square.flops / _seconds_of_one(square, device, dtype)
+
+
+def precisions(device: torch.device) -> list[Precision]:
+    """Those that are worth training in: bf16 on a GPU; float32 on a CPU, and bf16 where its products are faster, which
+    they are not on processors without instructions for them."""
+    if device.type == "cuda":
+        return ["bf16"]
+    rates = {precision: matrix_rate(device, dtype) for precision, dtype in DTYPES.items()}
+    return ["fp32", "bf16"] if rates["bf16"] > rates["fp32"] else ["fp32"]
 
 
 def bandwidth(device: torch.device) -> float:

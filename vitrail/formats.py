@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitrail.checkpoint import check_shapes
-from vitrail.config import HALF, Colours, ViTConfig, shorten
+from vitrail.config import ADDITIONS, HALF, Colours, ViTConfig, shorten
 from vitrail.errors import BadInput
 from vitrail.images import MARGIN
 from vitrail.model import VisionTransformer
@@ -200,6 +200,17 @@ def refuse(names: Collection[str], parts: dict[str, str], path: Path) -> None:
         if found := sorted(name for name in names if re.search(pattern, name)):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
             raise BadInput(f"{path} is of a model with {part}, which Vitrail's has not: {', '.join(found[:2])}{more}.")
+
+
+def refuse_additions(config: ViTConfig, library: str) -> None:
+    """Refuse to write a model that has what later papers add.
+
+    Raises:
+        BadInput: it has; the message names the option.
+    """
+    for name in ADDITIONS:
+        if (value := getattr(config, name)) != getattr(ViTConfig, name):
+            raise BadInput(f"this model has {name} = {shorten(value)}, which Vitrail does not write for {library}.")
 
 
 def compare(said: dict[str, tuple[Any, Any]], config: Path, weights: Path) -> None:

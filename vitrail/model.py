@@ -8,7 +8,8 @@ Read it from the bottom up: `VisionTransformer` is the paper's section 3.1, each
 Where the paper's text, the official code and other implementations differ, this follows the official code: GELU by
 its tanh approximation, LayerNorm with an epsilon of 1e-6 (both unless the weights come from elsewhere), dropout after
 the position embeddings, after attention and after each layer of the MLP, and the initial weights of
-`VisionTransformer.initialise`.
+`VisionTransformer.initialise`. What later papers add is in `additions.py` and `positions.py`, and off unless the config
+asks for it.
 """
 
 from collections.abc import Collection
@@ -16,12 +17,14 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrail.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.config import Gelu, ViTConfig
 from vitrail.errors import BadInput
+from vitrail.positions import Rotation, resize_position_embedding, rotary_positions, rotate, sincos_positions
 from vitrail.resnet import ResNet, lecun_normal_, out_channels
 
 LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
@@ -56,10 +59,11 @@ class PatchEmbedding(nn.Module):
     A convolution whose stride is its kernel is that projection; its weight has the official code's layout, transposed.
     """
 
-    def __init__(self, patch_size: int, hidden_size: int, channels: int = 3) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.projection = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.patch_size = size = config.patch_size
+        channels = 3 if config.resnet_blocks is None else out_channels(config.resnet_blocks)
+        self.projection = nn.Conv2d(channels, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B patches D"]:
         return F.linear(self.patchify(images), self.projection.weight.flatten(1), self.projection.bias)
@@ -76,30 +80,38 @@ class Attention(nn.Module):
     """Multi-head self-attention: equations 5 to 8 (appendix A), the MSA of equation 2.
 
     Query, key and value come from one matrix product; rows 0 to D of its weight make the queries, the next D the
-    keys, the last D the values.
+    keys, the last D the values. With `qk_norm`, each head's queries and keys go through a LayerNorm without a bias
+    before they meet (2302.05442, section 2).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(hidden_size // num_heads, LAYER_NORM_EPS, bias=False) if qk_norm else None for _ in "qk"
+        )
 
-    def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
-        """What the first `wanted` tokens, or all, take from all."""
-        q, k, v = self.project(x, wanted)
+    def forward(
+        self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
+    ) -> Float[Tensor, "B wanted D"]:
+        """What the first `wanted` tokens, or all, take from all; `rotation` is that of rotary positions."""
+        q, k, v = self.project(x, wanted, rotation)
         if x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
             heads = self.softmax(q, k) @ v
         else:
             heads = F.scaled_dot_product_attention(q, k, v)
         return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, wanted, K) → (B, wanted, D)
 
-    def weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
+    def weights(self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None) -> Float[Tensor, "B H T T"]:
         """How much each token (row) takes from each other (column): equation 6. Each row adds up to 1."""
-        q, k, _ = self.project(x)
+        q, k, _ = self.project(x, rotation=rotation)
         return self.softmax(q, k)
 
-    def project(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> tuple[Float[Tensor, "B H _ K"], ...]:
+    def project(
+        self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
+    ) -> tuple[Float[Tensor, "B H _ K"], ...]:
         """Queries of the first `wanted` tokens, or all, and keys and values of all, of every head: equation 5."""
         width = x.shape[-1]
         if wanted is None:
@@ -108,7 +120,12 @@ class Attention(nn.Module):
             q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
             q_bias, kv_bias = self.qkv.bias.split([width, 2 * width])
             parts = F.linear(x[:, :wanted], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)
-        return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
 
     @staticmethod
     def softmax(q: Float[Tensor, "B H Q K"], k: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H Q T"]:
@@ -131,24 +148,24 @@ class MLP(nn.Module):
 
 
 class TransformerEncoderBlock(nn.Module):
-    """One layer of the encoder: equations 2 and 3, each with its residual."""
+    """One layer of the encoder, the `layer`-th from 1: equations 2 and 3, each with its residual."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = Attention(config.hidden_size, config.num_heads)
+        self.attention = Attention(config.hidden_size, config.num_heads, config.qk_norm)
+        self.attention_scale = ResidualScale(config, layer)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.mlp_dim, config.dropout, config.gelu)
+        self.mlp_scale = ResidualScale(config, layer)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
+    ) -> Float[Tensor, "B wanted D"]:
         """The first `wanted` tokens of the block's output, or all."""
-        x = x[:, :wanted] + self.dropout(self.attention(self.attention_norm(x), wanted))
-        return x + self.mlp(self.mlp_norm(x))
-
-    def attention_weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
-        """The attention that this block pays, given its input."""
-        return self.attention.weights(self.attention_norm(x))
+        x = x[:, :wanted] + self.attention_scale(self.dropout(self.attention(self.attention_norm(x), wanted, rotation)))
+        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
 class VisionTransformer(nn.Module):
@@ -164,13 +181,16 @@ class VisionTransformer(nn.Module):
         # Keep only what enters each block, and compute the rest again in the backward pass: less memory, more time.
         self.checkpoint_activations = False
         width = config.hidden_size
-        blocks = config.resnet_blocks
-        self.resnet = ResNet(blocks) if blocks is not None else None
-        self.patch_embedding = PatchEmbedding(config.patch_size, width, 3 if blocks is None else out_channels(blocks))
+        self.resnet = ResNet(config.resnet_blocks) if config.resnet_blocks is not None else None
+        self.patch_embedding: PatchEmbedding | ConvolutionalStem = (
+            PatchEmbedding(config) if config.stem == "patch" else ConvolutionalStem(config)
+        )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.classifier == "token" else None
-        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.registers = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
+        positions = torch.zeros(1, config.num_tokens - config.registers, width)
+        self.position_embedding = nn.Parameter(positions) if config.positions == "learnt" else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TransformerEncoderBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(TransformerEncoderBlock(config, 1 + n) for n in range(config.num_layers))
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.pre_logits = nn.Linear(width, config.representation_size) if config.representation_size else None
         self.head = nn.Linear(config.representation_size or width, config.num_classes)
@@ -185,12 +205,18 @@ class VisionTransformer(nn.Module):
         # A head that reads the class token leaves the last block's other outputs unread: they are not computed, which
         # spares 14% of the work of 6 layers, 7% of 12 (docs/speed.md).
         read = 1 if self.config.classifier == "token" else None
-        return self.forward_head(self.forward_encoder(self.embed(images), read))
+        tokens, places = self.embed(images), None
+        if self.training and self.config.patch_dropout:
+            tokens, places = drop_patches(tokens, self.config)
+        return self.forward_head(self.forward_encoder(tokens, read, places))
 
     def embed(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B T D"]:
-        """z_0 of equation 1: projected patches behind the class token, each with its position embedding."""
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
+        """z_0 of equation 1: projected patches behind the class token, each with its position embedding. In training,
+        images may be smaller squares of whole patches: position embeddings are then resized to them each time."""
+        size, cell = self.config.image_size, self.config.cell
+        side = images.shape[-1]
+        smaller = self.training and images.shape[1:] == (3, side, side) and side in range(cell, size, cell)
+        if images.shape[1:] != (3, size, size) and not smaller:
             mend = "resize them, or load the model with image_size=… to resize its position embeddings"
             if images.shape[1] != 3:
                 mend = "repeat a grey channel three times, or drop transparency"
@@ -198,26 +224,43 @@ class VisionTransformer(nn.Module):
             raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
         # The hybrid cuts its patches out of a ResNet's feature map instead of the image (section 3.1).
         tokens = self.patch_embedding(images if self.resnet is None else self.resnet(images))
+        if self.config.positions == "sincos":
+            tokens = tokens + sincos_positions(tokens.shape[1], tokens.shape[2], tokens.device)
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.dropout(tokens + self.position_embedding)
+        if self.position_embedding is not None:
+            positions: Tensor = self.position_embedding
+            if smaller:
+                positions = resize_position_embedding(positions, 2 * (self.config.grid,), 2 * (side // cell,))
+            tokens = tokens + positions
+        if self.registers is not None:  # behind the class token
+            front = self.config.num_prefix_tokens - self.config.registers
+            registers = self.registers.expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens[:, :front], registers, tokens[:, front:]], dim=1)
+        return self.dropout(tokens)
 
-    def forward_encoder(self, tokens: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
-        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4; of the first `wanted` tokens, or all."""
+    def forward_encoder(
+        self,
+        tokens: Float[Tensor, "B T D"],
+        wanted: int | None = None,
+        places: Int[Tensor, "B patches 2"] | None = None,
+    ) -> Float[Tensor, "B wanted D"]:
+        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4; of the first `wanted` tokens, or all. `places`
+        are rows and columns of the patches, where these are not all of a square image's."""
+        rotation = rotary_positions(self.config, tokens, places)
         for layer, block in enumerate(self.blocks, start=1):
-            tokens = self.run(block, tokens, wanted if layer == len(self.blocks) else None)
+            asked = wanted if layer == len(self.blocks) else None
+            if self.training and self.checkpoint_activations:
+                tokens = checkpoint(block, tokens, asked, rotation, use_reentrant=False)
+            else:
+                tokens = block(tokens, asked, rotation)
         return self.norm(tokens)
 
-    def run(self, block: nn.Module, tokens: Float[Tensor, "B T D"], wanted: int | None) -> Float[Tensor, "B wanted D"]:
-        """A block's output; with `checkpoint_activations`, only its input is kept for the backward pass."""
-        if self.training and self.checkpoint_activations:
-            return checkpoint(block, tokens, wanted, use_reentrant=False)
-        return block(tokens, wanted)
-
     def forward_head(self, encoded: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
-        """y of equation 4, from the class token or the mean of all tokens, and the classification head. A head that
+        """y of equation 4, from the class token or the mean of all patches, and the classification head. A head that
         reads the class token needs no others in `encoded`."""
-        y = encoded[:, 0] if self.config.classifier == "token" else encoded.mean(dim=1)
+        patches = encoded[:, self.config.num_prefix_tokens :]
+        y = encoded[:, 0] if self.config.classifier == "token" else patches.mean(dim=1)
         if self.pre_logits is not None:
             y = torch.tanh(self.pre_logits(y))
         return self.head(y)
@@ -235,11 +278,12 @@ class VisionTransformer(nn.Module):
             raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")
         found = {}
         tokens = self.embed(images)
+        rotation = rotary_positions(self.config, tokens)
         for layer, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             if layer in wanted:
                 assert isinstance(block, TransformerEncoderBlock)  # for the type checker: a ModuleList forgets
-                found[layer] = block.attention_weights(tokens)
-            tokens = block(tokens)
+                found[layer] = block.attention.weights(block.attention_norm(tokens), rotation)
+            tokens = block(tokens, rotation=rotation)
         return found
 
     @torch.no_grad()
@@ -251,7 +295,8 @@ class VisionTransformer(nn.Module):
         """
         config = replace(self.config, image_size=image_size)
         grids = (self.config.grid, self.config.grid), (config.grid, config.grid)
-        self.position_embedding = nn.Parameter(resize_position_embedding(self.position_embedding, *grids))
+        if self.position_embedding is not None:  # others are computed anew for each image
+            self.position_embedding = nn.Parameter(resize_position_embedding(self.position_embedding, *grids))
         self.config = config
 
     @torch.no_grad()
@@ -260,12 +305,16 @@ class VisionTransformer(nn.Module):
 
         Xavier uniform for every matrix of the blocks, MLP biases N(0, 1e-6), position embeddings N(0, 0.02), LeCun
         normal for the patch embedding and the representation layer, zero for the head, the class token and the rest
-        of the biases: a new model gives each class the same probability.
+        of the biases: a new model gives each class the same probability. Registers are as position embeddings.
         """
-        lecun_normal_(self.patch_embedding.projection)
+        for part in self.patch_embedding.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                lecun_normal_(part)
         if self.resnet is not None:
             self.resnet.initialise()
-        nn.init.normal_(self.position_embedding, std=0.02)
+        for embedding in (self.position_embedding, self.registers):
+            if embedding is not None:
+                nn.init.normal_(embedding, std=0.02)
         for module in self.modules():
             if isinstance(module, Attention):
                 # q, k and v are a matrix each: drawn as one (3D, D) matrix, their range would be 0.71 of this.
@@ -282,14 +331,3 @@ class VisionTransformer(nn.Module):
             lecun_normal_(self.pre_logits)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-
-def resize_position_embedding(
-    embedding: Float[Tensor, "1 T D"], grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Float[Tensor, "1 new_T D"]:
-    """Position embeddings for another image size (section 3.2): the grid bilinearly, corners aligned, as the official
-    code does (checkpoint.py, SciPy's zoom of order 1); the class token's, where there is one, stays."""
-    extra = embedding.shape[1] - grid[0] * grid[1]  # 1 with a class token, else 0
-    cells = embedding[:, extra:].reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    cells = F.interpolate(cells, new_grid, mode="bilinear", align_corners=True)
-    return torch.cat([embedding[:, :extra], cells.flatten(2).transpose(1, 2)], dim=1)

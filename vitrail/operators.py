@@ -1,5 +1,7 @@
 """Where the time of a training step goes, by kind of operator."""
 
+import os
+import time
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -7,9 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vitrail.floor import synchronise
-from vitrail.rounds import OURS, Row, Setting, training_unit
+from vitrail.rounds import OURS, Row, Setting, prepared, training_unit
 
 STEPS = 3
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler tells the terminal when it starts and stops
 # Beginnings of operators' names as the profiler gives them; on a GPU, of the operators that launched the kernels.
 KINDS = {
     "matrix products": ("addmm", "mm", "bmm", "baddbmm", "linear"),  # before what begins with "add"
@@ -22,15 +25,21 @@ KINDS = {
     "AdamW": ("_fused_adamw",),
     "gradients set to zero": ("zero_", "fill_"),
 }
-OTHER = "all else"
+OTHER = "other operators"
+COMPILED = "compiled kernels"
+OUTSIDE = "outside of operators"  # Python, autograd, and on a GPU the waiting between kernels
 
 
 def profiled(setting: Setting) -> list[Row]:
     """The task `profile`: for each model, what share of Vitrail's training step each kind of operator takes. The
-    profiler slows down what is small, so that its shares are a little too large."""
+    profiler slows down what is small, so that its shares are a little too large. On CUDA the model is compiled."""
     rows = []
     for case in setting.cases:
-        step = training_unit(setting.contenders[OURS](case.config).to(setting.device), case, setting)
+        model = prepared(setting.contenders[OURS], case.config, setting.device)
+        if setting.device.type == "cuda":
+            torch.compiler.reset()
+            model.compile(dynamic=False)
+        step = training_unit(model, case, setting)
         for name, share in shares(step, setting.device).items():
             row = Row("profile", case.name, name, setting.device.type, setting.precision, case.batch, "%", (share,))
             rows.append(row)
@@ -38,20 +47,27 @@ def profiled(setting: Setting) -> list[Row]:
 
 
 def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Percent of the time in operators of each kind, the largest first; after two steps to warm up."""
+    """Percent of the time of some steps that operators of each kind take, the largest first; after two to warm up."""
     for _ in range(2):
         step()
+    synchronise(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as recorded:
+        began = time.perf_counter()
         for _ in range(STEPS):
             step()
         synchronise(device)
+        whole = (time.perf_counter() - began) * 1e6  # the profiler counts microseconds
     seconds: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         took = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        if event.key.startswith("aten::"):  # kernels of a GPU are also listed apart from the operators they belong to
+        # Kernels of a GPU are also listed apart from the operators they belong to; those that torch compiled belong
+        # to none.
+        if event.key.startswith("aten::"):
             seconds[kind(event.key.removeprefix("aten::"))] += took
-    whole = sum(seconds.values())
+        elif event.key.startswith("triton_"):
+            seconds[COMPILED] += took
+    seconds[OUTSIDE] = max(0.0, whole - sum(seconds.values()))
     return {name: 100 * took / whole for name, took in sorted(seconds.items(), key=lambda item: -item[1])}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ MODULES = {"timm": "timm", "vit-pytorch": "vit_pytorch", "transformers": "transf
 SHIFT = 6  # pixels either way, and degrees either way: how ImageFolder's images, and ours beside them, are augmented
 ANGLE = 10
 ENDLESS = 10**12  # images: each once before any comes again, as the sampler divides them
-TOLERANCE = 1e-4  # between logits of Vitrail's model and timm's of the same weights, in float32
+TOLERANCES = {"logits": 1e-4, "gradients": 1e-3}  # between Vitrail's model and timm's of the same weights, in float32
 
 # What a peer's model has otherwise, whatever it is told.
 DIFFERENCES = {"vit-pytorch": "no biases of query, key and value; LayerNorms before and after the patch projection"}
@@ -156,31 +157,55 @@ def with_official_details(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def share_weights(model: VisionTransformer, peer: nn.Module) -> None:
-    """Give a model of timm the weights of one of Vitrail's, of the same shape."""
+def timm_names(num_layers: int) -> dict[str, str]:
+    """timm's name of each weight of a model of Vitrail's with this many layers."""
     names = {"patch_embedding.projection": "patch_embed.proj", "norm": "norm", "head": "head"}
-    for block in range(model.config.num_layers):
+    for block in range(num_layers):
         for ours, theirs in (
             ("attention_norm", "norm1"), ("attention.qkv", "attn.qkv"), ("attention.out", "attn.proj"),
             ("mlp_norm", "norm2"), ("mlp.hidden", "mlp.fc1"), ("mlp.out", "mlp.fc2"),
         ):  # fmt: skip
             names[f"blocks.{block}.{ours}"] = f"blocks.{block}.{theirs}"
     named = {"class_token": "cls_token", "position_embedding": "pos_embed"}
-    named |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items() for kind in ("weight", "bias")}
-    peer.load_state_dict({named[name]: weight for name, weight in model.state_dict().items()})
+    return named | {
+        f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items() for kind in ("weight", "bias")
+    }
 
 
-@torch.inference_mode()
-def same_outputs(config: ViTConfig, device: torch.device) -> float:
-    """The largest difference of logits between Vitrail's model and timm's, of the same random weights and images, in
-    float32. A head of zeros, as a new model has it, would hide any."""
+@torch.no_grad()
+def share_weights(model: VisionTransformer, peer: nn.Module) -> None:
+    """Give a model of timm the weights of one of Vitrail's, of the same shape."""
+    names = timm_names(model.config.num_layers)
+    peer.load_state_dict({names[name]: weight for name, weight in model.state_dict().items()})
+
+
+def same_outputs(config: ViTConfig, device: torch.device) -> dict[str, float]:
+    """The largest differences between Vitrail's model and timm's, of the same random weights and images, in float32:
+    of the `logits` of inference and of training, which may take different ways, and of the `gradients`, as a share of
+    the largest of each weight's. A head of zeros, as a new model has it, would hide any."""
     model, peer = VisionTransformer(config), build_timm(config)
     nn.init.normal_(model.head.weight, std=config.hidden_size**-0.5)
     share_weights(model, peer)
     images = torch.rand(2, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    logits, theirs = (each.to(device).eval()(images) for each in (model, peer))
-    return float((logits - theirs).abs().max())
+    labels = torch.arange(2, device=device) % config.num_classes
+    outputs, gradients = [], []
+    for each in (model, peer):
+        each.to(device)
+        with torch.inference_mode():
+            inferred = each.eval()(images)
+        trained = each.train()(images)
+        F.cross_entropy(trained, labels).backward()
+        outputs.append(torch.stack([inferred, trained.detach()]))
+        gradients.append({name: weight.grad for name, weight in each.named_parameters() if weight.grad is not None})
+    names = timm_names(config.num_layers)
+    return {
+        "logits": float((outputs[0] - outputs[1]).abs().max()),
+        "gradients": max(
+            float((gradient - gradients[1][names[name]]).abs().max() / gradient.abs().max())
+            for name, gradient in gradients[0].items()
+            if not name.endswith("qkv.bias")  # a third of it, the keys', has no effect: its gradient is rounding
+        ),
+    }
 
 
 def image_folder_loader(

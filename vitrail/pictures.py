@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,20 +34,37 @@ class Tick:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve to be drawn: a value for each x, None (or not finite) where there is none."""
+    """One curve to be drawn: a value for each x (which rise), None (or not finite) where there is none."""
 
     name: str
-    kind: str  # the CSS class that colours it
+    kind: str  # the CSS classes that colour it
+    x: Sequence[float]
     values: Sequence[float | None]
+    between: tuple[Sequence[float], Sequence[float]] | None = None  # the lowest and highest of what it is the mean of
+    called: str = ""  # what it is called under the pointer, if not by its name
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What curves run over."""
+
+    name: str  # as in `by epoch`
+    write: Callable[[float], str]  # one of its values, as in `epoch 3`
+    tick: Callable[[float], str]
+    whole: bool = False  # it has whole numbers only, and begins with the first of them; else with 0
+
+
+EPOCHS = Axis("epoch", lambda epoch: f"epoch {epoch:.0f}", lambda epoch: f"{epoch:,.0f}", whole=True)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve, drawn: an SVG path over 0..100 × 0..100, and where its name stands beside the plot."""
+    """One curve, drawn: SVG paths over 0..100 × 0..100, and where its name stands beside the plot."""
 
     name: str
     kind: str
     path: str
+    area: str  # around it, if it is a mean
     dotted: bool  # few enough points to show each
     label: Tick
 
@@ -110,41 +127,74 @@ def spread(tops: Sequence[float], gap: float) -> list[float]:
 
 
 def chart(
-    title: str, epochs: Sequence[int], series: Sequence[Series], write: Callable[[float], str], *,
+    title: str, series: Sequence[Series], write: Callable[[float], str], *, by: Axis = EPOCHS,
     unit: str = "", write_tick: Callable[[float], str] | None = None, top: float | None = None,
     height: int = PLOT_HEIGHT,
 ) -> Chart | None:  # fmt: skip
-    """Curves over epochs, from 0 to the largest value (at most `top`); None if there is no finite value.
+    """Curves over epochs or another axis, from 0 to the largest value (at most `top`); None if there is no finite one.
 
     `write` turns a value into text, `write_tick` one of the axis. A series without any value is left out.
     """
-    numbers = {s.name: [_finite(v) for v in s.values] for s in series}
-    series = [s for s in series if any(v is not None for v in numbers[s.name])]
+    series = [replace(s, values=[_finite(v) for v in s.values]) for s in series]
+    series = [s for s in series if any(v is not None for v in s.values)]
     if not series:
         return None
-    largest = max(v for s in series for v in numbers[s.name] if v is not None)
+    largest = max(v for s in series for v in (*s.values, *(s.between[1] if s.between else ())) if v is not None)
     y = nice_ticks(0.0, largest, most=6 if height >= PLOT_HEIGHT else 4)
     y = [tick for tick in y if top is None or tick <= top + 1e-9]
-    low, high = (min(epochs), max(epochs)) if len(epochs) > 1 else (epochs[0] - 1, epochs[0] + 1)
-    across = [100 * (epoch - low) / (high - low) for epoch in epochs]
-    down = {name: [None if v is None else 100 - 100 * v / y[-1] for v in values] for name, values in numbers.items()}
-    ends = {s.name: next(v for v in reversed(numbers[s.name]) if v is not None) for s in series}
-    labels = spread([100 - 100 * ends[s.name] / y[-1] for s in series], 100 * LABEL_HEIGHT / height)
+    x = sorted({at for s in series for at in s.x})
+    begin = x[0] if by.whole else 0
+    low, high = (begin, x[-1]) if x[-1] > begin else (begin - 1, begin + 1)
+
+    def across(at: float) -> float:
+        return 100 * (at - low) / (high - low)
+
+    def down(value: float | None) -> float | None:
+        return None if value is None else 100 - 100 * value / y[-1]
+
+    ends = [next(v for v in reversed(s.values) if v is not None) for s in series]
+    labels = spread([100 - 100 * end / y[-1] for end in ends], 100 * LABEL_HEIGHT / height)
+    texts = [(write_tick or write)(t) for t in y]
     return Chart(
         title, unit, height,
-        tuple(Tick(100 * (t - low) / (high - low), f"{t:,.0f}") for t in nice_ticks(min(epochs), max(epochs), 7, True)),
-        tuple(Tick(100 - 100 * t / y[-1], (write_tick or write)(t)) for t in y),
+        tuple(Tick(across(t), by.tick(t)) for t in nice_ticks(begin, x[-1], 7, by.whole) if t <= high),
+        tuple(Tick(100 - 100 * t / y[-1], text) for t, text in zip(y, texts, strict=True)),
         tuple(
-            Curve(s.name, s.kind, path(across, down[s.name]), len(epochs) <= 30, Tick(at, write(ends[s.name])))
-            for s, at in zip(series, labels, strict=True)
+            Curve(s.name, s.kind, path(list(map(across, s.x)), list(map(down, s.values))), _area(s, across, down),
+                  len(s.x) <= 30, Tick(at, write(end)))
+            for s, at, end in zip(series, labels, ends, strict=True)
         ),
-        max(len((write_tick or write)(t)) for t in y), max(len(f"{s.name} {write(ends[s.name])}") for s in series),
-        {"x": _rounded(across), "title": [f"epoch {epoch}" for epoch in epochs],
-         "curves": [{"name": s.name, "kind": s.kind, "y": _rounded(down[s.name]),
-                     "text": ["–" if v is None else write(v) for v in numbers[s.name]]} for s in series]},
-        f"{title} by epoch, {epochs[0]} to {epochs[-1]}: "
-        + "; ".join(f"{s.name} ends at {write(ends[s.name])}" for s in series) + ".",
+        max(map(len, texts)), max(len(f"{s.name} {write(end)}") for s, end in zip(series, ends, strict=True)),
+        {"x": _rounded(list(map(across, x))), "title": [by.write(at) for at in x],
+         "curves": [_pointed_at(s, x, down, write) for s in series]},
+        f"{title} by {by.name}, {by.tick(x[0])} to {by.tick(x[-1])}: "
+        + "; ".join(f"{s.name} ends at {write(end)}" for s, end in zip(series, ends, strict=True)) + ".",
     )  # fmt: skip
+
+
+def _area(
+    series: Series, across: Callable[[float], float], down: Callable[[float | None], float | None]
+) -> str:  # fmt: skip
+    """The outline of what lies between the lowest and the highest."""
+    if series.between is None:
+        return ""
+    there, back = series.between
+    x = [across(at) for at in series.x]
+    return path([*x, *reversed(x)], [down(value) for value in (*there, *reversed(back))]) + "Z"
+
+
+def _pointed_at(
+    series: Series, x: Sequence[float], down: Callable[[float | None], float | None], write: Callable[[float], str]
+) -> dict[str, object]:
+    """What a curve has at each x of all curves together: between two of its own points, the value of the earlier one,
+    without a dot; nothing before the first and after the last."""
+    own = dict(zip(series.x, series.values, strict=True))
+    last, texts = None, []
+    for at in x:
+        last = own.get(at, last if at <= series.x[-1] else None)
+        texts.append("–" if last is None else write(last))
+    y = _rounded([down(own.get(at)) for at in x])
+    return {"name": series.called or series.name, "kind": series.kind, "y": y, "text": texts}
 
 
 def path(x: Sequence[float], y: Sequence[float | None]) -> str:

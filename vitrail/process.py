@@ -1,13 +1,16 @@
-"""What training asks of the process it runs in: signals, determinism, memory."""
+"""What training and its measurement ask of the process they run in: signals, determinism, memory."""
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -45,12 +48,16 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic  # a module that is a class, which type checkers do not see
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    # Else it also fills each new tensor, lest somebody reads it before it is written, as nobody does here.
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def keep_freed_memory() -> None:
@@ -61,3 +68,21 @@ def keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has had so far, in bytes: of the GPU where it trains on one, else of the
+    machine."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident()[1]
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of memory that this process has, and has had at most; the second twice where the system tells no more."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin, in a new process, with what its parent had
+        kilobytes = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
+        now, most = (1024 * int(kilobytes[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+        return now, most
+    unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak, peak

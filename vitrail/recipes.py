@@ -61,9 +61,28 @@ class Recipe:
     mlp_dim: int = setting(1536, "width of the MLP's hidden layer")
     num_heads: int = setting(6, "attention heads")
     num_layers: int = setting(6, "encoder blocks")
-    classifier: Literal["token", "gap"] = setting("token", "the head reads the class token, or the mean of all tokens")
+    classifier: Literal["token", "gap"] = setting("token", "the head reads the class token, or the mean of all patches")
     representation_size: int | None = setting(None, "width of a tanh layer before the head (none: a linear head)")
     dropout: float = setting(0.0, "share of activations dropped")
+    # What later papers add: 2104.02057 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),
+    # 2302.05442 (qk_norm), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220 (patch_dropout)
+    positions: Literal["learnt", "sincos", "rotary"] = setting(
+        "learnt", "learnt embeddings, fixed sines and cosines, or queries and keys rotated by row and column"
+    )
+    stem: Literal["patch", "convolutions"] = setting(
+        "patch", "one projection of each patch, or convolutions of stride 2 down to it"
+    )
+    registers: int = setting(0, "extra tokens that no patch stands behind, and that the head does not read")
+    qk_norm: bool = setting(False, "normalise each head's queries and keys")
+    layer_scale: float | None = setting(None, "learn a scale of each channel of a residual, which begins at this")
+    initial_weights: Literal["official", "torch"] = setting(
+        "official", "as in the official code, or as torch draws them: smaller, and the head not zero"
+    )
+    zero_residual: bool = setting(False, "begin with blocks that add nothing: their last projections are zero")
+    stochastic_depth: float = setting(
+        0.0, "share of the images for which a residual is left out in the last block; in those before it, less"
+    )
+    patch_dropout: float = setting(0.0, "share of each training image's patches that is left out: faster steps")
 
     # The optimisation
     epochs: int = setting(100, "passes over the training images")
@@ -72,15 +91,26 @@ class Recipe:
     checkpoint_activations: bool = setting(
         False, "keep only what enters each block, and compute the rest again: less memory, a third more time"
     )
-    optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "adam: its weight decay is coupled (L2)")
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = setting(
+        "adamw", "adam: its weight decay is coupled (L2); muon: for the matrices of the blocks, adamw for the rest"
+    )
     lr: float = setting(1e-3, "peak learning rate")
-    weight_decay: float = setting(0.0, "weight decay (adamw: decoupled, and not on biases, norms and embeddings)")
+    muon_lr: float = setting(0.02, "peak learning rate of what muon has")
+    layer_decay: float = setting(1.0, "multiply the learning rate by this for each layer between a weight and the head")
+    weight_decay: float = setting(0.0, "weight decay (adamw, muon: decoupled, and not on biases, norms and embeddings)")
     label_smoothing: float = setting(0.0, "share of each label that is spread evenly over all classes")  # 1512.00567
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "cosine", "of the learning rate, after the warm-up, to 0"
     )
+    decay_share: float = setting(1.0, "the schedule takes this last share of the steps after the warm-up")
     warmup: float = setting(0.02, "linear warm-up: a share of all steps, or, from 1 up, a number of steps")
     clip: float | None = setting(None, "clip the gradient's global norm to this")
+    average: float = setting(
+        0.0, "evaluate and keep a running average of the weights, of which each step leaves this share (0: none)"
+    )
+    # 2104.00298, section 4, without its growing augmentation
+    first_size: int | None = setting(None, "shrink the training images to this side at first: faster steps")
+    first_share: float = setting(0.5, "the share of all steps that first_size is for")
 
     # Where and how
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
@@ -111,17 +141,26 @@ class Recipe:
                      "batch_size", "accumulate", "repeats"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lr", "weight_decay", "warmup", "rotate", "crop", "mixup", "cutmix", "seed"):
+        for name in ("lr", "muon_lr", "weight_decay", "warmup", "rotate", "crop", "mixup", "cutmix", "seed"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative.")
         if self.seed >= 2**63:
             raise BadInput(f"seed is {self.seed}; it must be below 2^63.")
-        for name in ("resized_crop", "jitter", "erase"):
+        for name in ("resized_crop", "jitter", "erase", "first_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
-        for name in ("dropout", "holdout", "label_smoothing"):
+        for name in ("dropout", "stochastic_depth", "patch_dropout", "holdout", "label_smoothing", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        for name in ("layer_decay", "decay_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1.")
+        smaller = range(self.patch_size, self.image_size, self.patch_size)
+        if self.first_size is not None and self.first_size not in smaller:
+            raise BadInput(
+                f"first_size is {self.first_size}; with patches of {self.patch_size} and images of {self.image_size} "
+                f"pixels it may be {', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
+            )
         if self.clip is not None and not self.clip > 0:
             raise BadInput(f"clip is {self.clip}; it must be above 0, or left out.")
         if self.crop >= self.image_size:
@@ -146,10 +185,12 @@ class Recipe:
 
 
 # The three experiments that Vitrail started from share all but these settings: Adam with coupled weight decay,
-# batches of 200 at a peak of 1e-3, rotation by up to 10 degrees and flips, float32, no clipping, no smoothing.
+# batches of 200 at a peak of 1e-3, rotation by up to 10 degrees and flips, float32, no clipping, no smoothing. With
+# the official initial weights, attention collapses at that rate, and the curve is not the original's (docs/log.md).
 _ORIGINAL: dict[str, Any] = {
     "data": "tiny-imagenet", "image_size": 64, "flip": "random", "rotate": 10.0,
     "optimizer": "adam", "lr": 1e-3, "batch_size": 200, "schedule": "linear", "warmup": 0.02,
+    "initial_weights": "torch",
 }  # fmt: skip
 _BASE_8: dict[str, Any] = {
     "patch_size": 16, "hidden_size": 512, "mlp_dim": 2048, "num_heads": 8, "num_layers": 8, "dropout": 0.1,

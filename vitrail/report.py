@@ -8,6 +8,7 @@ import datetime
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from safetensors.numpy import load_file
 
 from vitrail import __version__, pictures
 from vitrail.cache import Dataset, Images
-from vitrail.checkpoint import Run, write_text
+from vitrail.checkpoint import Run, read_about, write_text
 from vitrail.errors import BadInput
 from vitrail.evaluate import CALIBRATION_BINS, calibration
 from vitrail.pictures import figures, moment, number, percent
 from vitrail.progress import duration
 from vitrail.recipes import Recipe
+from vitrail.views import samples, tiles
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
@@ -35,6 +37,9 @@ PAIRS_BESIDE = 8  # and beside one
 MISTAKES = 24
 RIGHTEST = 8
 EXAMPLES = 3  # pictures beside each confused pair
+SEEN = 4  # training images that are shown with what augmentation makes of them,
+VIEWS = 5  # views of each,
+SEEN_LIMIT = 300_000  # and characters that these take at most
 LAUNCH: dict[str, Any] = dict.fromkeys((
     "started", "command", "commit", "step", "vitrail", "python", "torch", "numpy", "pillow", "platform", "cpu",
     "cores", "threads", "gpu",
@@ -46,7 +51,8 @@ class Record:
     """What a run folder says. `results` and `predictions` are None while the run goes on."""
 
     name: str  # of the recipe; of the folder, where the weights were not trained here
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, dict[str, Any]]  # with who set them
+    recipe: Recipe | None  # None where the weights were not trained here
     launches: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
     results: dict[str, Any] | None
@@ -156,13 +162,14 @@ def read(run: Path) -> Record:
     Raises:
         BadInput: it is no run folder, or a file in it is damaged.
     """
-    Run.open(run)
+    opened = Run.open(run)
+    resolved = opened.recipe() if opened.trained else None
     recipe = _parsed(run / "recipe.yaml", yaml.safe_load) or {"recipe": run.resolve().name, "settings": {}}
     config = _parsed(run / "model" / "config.json", json.loads)
     results = _parsed(run / "results.json", json.loads)
     scored = run / "predictions.safetensors"
     return Record(
-        recipe["recipe"], recipe["settings"],
+        recipe["recipe"], recipe["settings"], resolved.recipe if resolved else None,
         [LAUNCH | launch for launch in (_parsed(run / "environment.json", json.loads) or {}).get("launches", [])],
         _epochs(run / "metrics.jsonl"), results, load_file(scored) if results and scored.is_file() else None,
         tuple(config["classes"]) if config else None,
@@ -179,8 +186,11 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, one for each epoch; a last line that is still being written is left for later."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return list({row["epoch"]: row for row in rows}.values())
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return list({row["epoch"]: row for row in rows}.values())
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged: {error}.") from None
 
 
 # Writing
@@ -195,13 +205,21 @@ def write_report(run: Path, dataset: Dataset | None) -> Path:
     Raises:
         BadInput: `run` is no run folder.
     """
-    page = render(read(run), dataset)
-    write_text(run / "report.html", page)
+    record = read(run)
+    state = run / "last" / "state.safetensors"
+    its_own = dataset and (not state.is_file() or read_about(state).get("images") == dataset.digest())
+    write_text(run / "report.html", render(record, dataset, its_own=bool(its_own)))
     return run / "report.html"
 
 
-def render(record: Record, dataset: Dataset | None) -> str:
-    """The page as HTML. Every text that comes from the run is escaped."""
+def fill(template: str, **content: Any) -> str:
+    """A page, from one of the templates and what it asks for. All text in `content` is escaped."""
+    written = datetime.datetime.now(datetime.UTC).isoformat()
+    return _templates().get_template(template).render(version=__version__, written=written, **content)
+
+
+@cache
+def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -210,17 +228,23 @@ def render(record: Record, dataset: Dataset | None) -> str:
         function.__name__: function
         for function in (percent, duration, number, figures, moment, pictures.dots)
     }  # fmt: skip
+    return environment
+
+
+def render(record: Record, dataset: Dataset | None, *, its_own: bool = True) -> str:
+    """The page as HTML. `its_own`: nothing says that the data set is another than the run was trained on."""
     split = _split(record, dataset)
-    return environment.get_template("report.html").render(
-        record=record, results=record.results, split=split, version=__version__,
-        written=datetime.datetime.now(datetime.UTC).isoformat(),
+    scored = _scored(record, dataset, split)
+    return fill(
+        "report.html", record=record, results=record.results, split=split,
         dataset=_dataset_name(record), total=record.settings.get("epochs", {}).get("value"),
         last=record.epochs[-1] if record.epochs else None,
         launch=record.launches[-1] if record.launches else LAUNCH,
         train_count=len(dataset.splits["train"]) if dataset and "train" in dataset.splits else None,
         meaning={f.name: f.metadata["help"] for f in dataclasses.fields(Recipe)},
         charts=_charts(record.epochs, split), interval=_interval(record.results),
-        scored=_scored(record, dataset, split), bins=CALIBRATION_BINS,
+        scored=scored, bins=CALIBRATION_BINS,
+        seen=_seen(record, dataset) if its_own and not (scored and scored["no_pictures"]) else [],
     )  # fmt: skip
 
 
@@ -249,18 +273,26 @@ def _charts(epochs: list[dict[str, Any]], split: str) -> list[pictures.Chart]:
     which = [row["epoch"] for row in epochs]
 
     def curve(key: str, name: str, kind: str) -> pictures.Series:
-        return pictures.Series(name, kind, [row.get(key) for row in epochs])
+        return pictures.Series(name, kind, which, [row.get(key) for row in epochs])
 
     charts = [
-        pictures.chart("Accuracy", which, [curve("train_accuracy", "train", "train"), curve("val_top1", split, "held")],
+        pictures.chart("Accuracy", [curve("train_accuracy", "train", "train"), curve("val_top1", split, "held")],
                        percent, write_tick=lambda share: f"{100 * share:g}%", top=1.0),
-        pictures.chart("Loss", which, [curve("train_loss", "train", "train"), curve("val_loss", split, "held")],
+        pictures.chart("Loss", [curve("train_loss", "train", "train"), curve("val_loss", split, "held")],
                        figures, unit="cross-entropy, nats"),
-        pictures.chart("Learning rate", which, [curve("lr", "", "plain")], "{:.3g}".format, height=110),
-        pictures.chart("Speed", which, [curve("images_per_second", "", "plain")], number,
+        pictures.chart("Learning rate", [curve("lr", "", "plain")], "{:.3g}".format, height=110),
+        pictures.chart("Speed", [curve("images_per_second", "", "plain")], number,
                        unit="images/s, since the start", height=110),
     ]  # fmt: skip
     return [chart for chart in charts if chart is not None]
+
+
+def _seen(record: Record, dataset: Dataset | None) -> list[dict[str, Any]]:
+    """Training images, and what augmentation makes of them; nothing where they cannot be had."""
+    if dataset is None or record.recipe is None or "train" not in dataset.splits:
+        return []
+    rows = samples(dataset.splits["train"], record.recipe, SEEN, VIEWS)
+    return tiles(rows, dataset.classes, SEEN_LIMIT)
 
 
 def _scored(record: Record, dataset: Dataset | None, split: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitrail.config import ViTConfig
-from vitrail.floor import forward_flops, product_seconds, products, synchronise, training_flops
+from vitrail.floor import DTYPES, Precision, forward_flops, product_seconds, products, synchronise, training_flops
 from vitrail.model import VisionTransformer
 from vitrail.peers import DIFFERENCES, PEERS
 from vitrail.progress import duration, say
@@ -28,14 +28,18 @@ MODELS = {
     ),
     "ViT-B/16": ViTConfig(),
 }
+SMALLEST = ViTConfig(
+    image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=1, num_classes=2
+)  # fmt: skip
 OURS = "vitrail"
+COMPILED = (OURS, "timm")  # on CUDA as they are, and as torch compiles them
 FLOOR = "floor (matrix products alone)"
 INFERENCE_BATCHES = (1, 64)
 # Small enough that hundreds of steps on the same images learn nothing: gradients keep the size of a first step's.
 LEARNING_RATE = 1e-7
 WARM_UPS = 5  # units at most
-SETTLE = 0.1  # share of the time of a turn that goes before it, untimed
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LEAST = 3  # units of a turn, however long they take
+SETTLE = 0.1  # share of the time of a turn that goes before it, untimed; one unit at least
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,11 @@ class Case:
     batch: int
 
 
-def cases(device: torch.device) -> tuple[Case, ...]:
-    """What is measured: the project's own model and the paper's base model, each with a batch that the device bears."""
+def cases(device: torch.device, toy: bool = False) -> tuple[Case, ...]:
+    """What is measured: the project's own model and the paper's base model, each with a batch that the device bears;
+    as a toy, a model that is next to nothing."""
+    if toy:
+        return (Case("toy", SMALLEST, 2),)
     base = 8 if device.type == "cpu" else 128
     return tuple(Case(name, config, base if name == "ViT-B/16" else 128) for name, config in MODELS.items())
 
@@ -93,7 +100,7 @@ class Setting:
     """
 
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     rounds: int
     seconds: float
     cases: tuple[Case, ...]
@@ -112,24 +119,23 @@ def interleaved(
     Args:
         contenders: each does one unit of work when called, and returns how many images that was.
         rounds: in each, all contenders have a turn; who is first changes from round to round.
-        seconds: the time of a turn, which ends with the unit that reaches it.
+        seconds: the time of a turn, which ends with the unit that reaches it, but not before LEAST units.
         synchronise: waits for the device.
         what: is measured, for the line that says how long it will take; no line if empty.
     """
     units = {name: warm_up(work, synchronise) for name, work in contenders.items()}
     if what:
-        expected = rounds * sum(max(unit, seconds * (1 + SETTLE)) for unit in units.values())
+        expected = rounds * sum(max((1 + LEAST) * unit, (1 + SETTLE) * seconds) for unit in units.values())
         say(f"{what}: {len(units)} contenders, {rounds} round{'s' * (rounds > 1)}, about {duration(expected)}")
     paces: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if units[name] < seconds:
-                # What the contender before it left in caches or still does (processes that load ahead), and what this
-                # one has loaded ahead, is not to count; beside a long unit it does not.
-                pace(contenders[name], SETTLE * seconds, synchronise)
-            paces[name].append(pace(contenders[name], seconds, synchronise))
+            # What the contender before it left in caches or still does (processes that load ahead), and what this
+            # one has loaded ahead, is not to count.
+            pace(contenders[name], SETTLE * seconds, 1, synchronise)
+            paces[name].append(pace(contenders[name], seconds, LEAST, synchronise))
     return paces
 
 
@@ -146,10 +152,10 @@ def warm_up(work: Callable[[], int], synchronise: Callable[[], None]) -> float:
     return unit
 
 
-def pace(work: Callable[[], int], seconds: float, synchronise: Callable[[], None]) -> float:
-    """Images/s over about `seconds`, one unit at least."""
+def pace(work: Callable[[], int], seconds: float, least: int, synchronise: Callable[[], None]) -> float:
+    """Images/s over about `seconds`, and `least` units at least."""
     synchronise()
-    start, done = time.perf_counter(), work()
+    start, done = time.perf_counter(), sum(work() for _ in range(least))
     while time.perf_counter() - start < seconds:
         done += work()
     synchronise()
@@ -164,10 +170,6 @@ def training(setting: Setting) -> list[Row]:
 def train_in_turn(case: Case, setting: Setting) -> list[Row]:
     """The rows of one model's training."""
     models = build(case.config, setting)
-    if setting.device.type == "cuda":
-        for name in (OURS, "timm"):
-            models[f"{name}, compiled"] = setting.contenders[name](case.config).to(setting.device)
-            models[f"{name}, compiled"].compile()
     units = {name: training_unit(model, case, setting) for name, model in models.items()}
     return timed("training", case, case.batch, units, setting)
 
@@ -220,10 +222,24 @@ def inference_unit(model: nn.Module, config: ViTConfig, batch: int, setting: Set
 
 
 def build(config: ViTConfig, setting: Setting) -> dict[str, nn.Module]:
-    """Every contender's model, on the device. What models that are gone held there is given back first."""
+    """Every contender's model, on the device; on CUDA also Vitrail's and timm's as torch compiles them."""
+    models = {name: prepared(make, config, setting.device) for name, make in setting.contenders.items()}
     if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return {name: make(config).to(setting.device) for name, make in setting.contenders.items()}
+        torch.compiler.reset()  # or what was compiled for another model counts towards the limit of recompilations
+        for name in COMPILED:
+            models[f"{name}, compiled"] = prepared(setting.contenders[name], config, setting.device)
+            models[f"{name}, compiled"].compile(dynamic=False)
+    return models
+
+
+def prepared(make: Callable[[ViTConfig], nn.Module], config: ViTConfig, device: torch.device) -> nn.Module:
+    """A contender's model on the device, its head drawn anew as all of them have it: some begin with zeros, which hide
+    what is before them, and leave nothing but zeros for its gradients."""
+    model = make(config).to(device)
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == config.num_classes]
+    nn.init.normal_(heads[-1].weight, std=config.hidden_size**-0.5)
+    nn.init.zeros_(heads[-1].bias)
+    return model
 
 
 def random_images(config: ViTConfig, batch: int, device: torch.device) -> torch.Tensor:

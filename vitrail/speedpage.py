@@ -16,7 +16,9 @@ from vitrail.floor import forward_flops, training_flops
 from vitrail.pictures import moment
 from vitrail.rounds import MODELS, OURS, Row
 
-COLUMNS = ("", "contender", ">median", ">lowest to highest", ">× best peer", ">of the floor", ">of the peak")
+COLUMNS = ("", "contender", ">median", ">lowest to highest", ">× best peer", ">of the floor", ">of the matrix rate")
+# FLOP/s of dense products: NVIDIA's data sheets of the H100 SXM and the H200 SXM.
+DATA_SHEETS = {("NVIDIA H100 80GB HBM3", "bf16"): 989.4e12, ("NVIDIA H200", "bf16"): 989.4e12}
 HEAD = "# Speed beside peers\nWhat `vitrail bench` measured; `make bench` makes all it takes, and measures here.\n"
 
 # Of the plot, in pixels
@@ -71,17 +73,21 @@ def table_rows(session: Session) -> list[tuple[str, ...]]:
                 "" if len(row.values) == 1 else f"{amount(low)} – {amount(high)}",
                 f"{(best / row.median if row.unit == 'MB' else row.median / best):.2f}" if compared and best else "",
                 f"{row.median / floor:.0%}" if floor and row.contender not in FLOORS else "",
-                of_the_peak(row, session),
+                utilisation(row, session),
             ))  # fmt: skip
     return found
 
 
-def of_the_peak(row: Row, session: Session) -> str:
-    """Model FLOPs utilisation: the operations that the model needs, as a share of what a square product would do."""
+def utilisation(row: Row, session: Session) -> str:
+    """Model FLOPs utilisation: the operations that the model needs, as a share of what a square product would do, and,
+    of a GPU whose data sheet is known, as a share of what that promises."""
     flops = {"training": training_flops, "inference": forward_flops}.get(row.task)
     if flops is None or row.model not in MODELS or row.precision not in session.matrix_rate:
         return ""
-    return f"{flops(MODELS[row.model]) * row.median / session.matrix_rate[row.precision]:.0%}"
+    done = flops(MODELS[row.model]) * row.median
+    promised = DATA_SHEETS.get((session.environment["gpu"] or "", row.precision))
+    sheet = f"; {done / promised:.0%} of the data sheet" if promised else ""
+    return f"{done / session.matrix_rate[row.precision]:.0%}{sheet}"
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
@@ -190,6 +196,20 @@ def write_page(page: Path, session: Session) -> None:
     content = "\n".join([*lines, "", f"Every value of every round is in [{kept.name}](../results/speed/{kept.name})."])
     write_text(kept, json.dumps([asdict(each) for each in sessions], indent=1, ensure_ascii=False) + "\n")
     write_text(page, f"{before}<!-- bench {name} -->\n{content}\n<!-- end {name} -->\n{after}")
+
+
+def add_record(page: Path, path: Path) -> int:
+    """Put rows that were kept on another machine on the page, as `write_page` would have; how many they are.
+
+    Raises:
+        BadInput: there is no such record, or it or the page is not as it was written.
+    """
+    sessions = read_record(path)
+    if not sessions:
+        raise BadInput(f"{path} has no rows; name a file that vitrail bench --output has written, in results/speed.")
+    for session in sessions:
+        write_page(page, session)
+    return sum(len(session.rows) for session in sessions)
 
 
 def block(sessions: Sequence[Session], picture: str | None) -> list[str]:

@@ -1,8 +1,6 @@
 """One training step: the gradient of a batch, in as many parts as memory asks for, and an update of the weights."""
 
 import contextlib
-import resource
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from vitrail.recipes import Recipe
 def train_step(
     model: VisionTransformer, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
 ) -> Float[Tensor, "2"]:
-    """One step: the recipe's learning rate, the gradient of the mean loss over the batch, an update of the weights.
+    """One step: the learning rates, the gradient of the mean loss over the batch, an update of the weights.
 
     Returns the loss and the number of images recognised, still on the device, so that nothing waits for them.
 
@@ -28,7 +26,7 @@ def train_step(
     """
     recipe = batches.recipe
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step, batches.steps)
+        group["lr"] = learning_rate(recipe, step, batches.steps, group["peak"])
     outcome = None
     while outcome is None:
         with contextlib.suppress(torch.OutOfMemoryError):  # which holds on to what was computed, until it is gone
@@ -76,12 +74,3 @@ def mean_loss(logits: Float[Tensor, "b classes"], targets: Targets, recipe: Reci
     own = F.cross_entropy(logits, targets.labels, label_smoothing=smoothing, reduction="none")
     other = F.cross_entropy(logits, targets.others, label_smoothing=smoothing, reduction="none")
     return (targets.share * own + (1 - targets.share) * other).mean()
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory that this process has had so far, in bytes: of the GPU where it trains on one, else of the
-    machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -27,6 +27,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return rendered(lambda console: console.print(grid))
 
 
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, as `table` has it, aligned for those who read it as it is."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in ([c.removeprefix(">") for c in columns], *rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    right = [column.startswith(">") for column in columns]
+    lines.insert(1, ["-" * (width - 1) + ":" if r else "-" * width for width, r in zip(widths, right, strict=True)])
+    return "\n".join(
+        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        for line in lines
+    )
+
+
 def rendered(draw: Callable[["Console"], None]) -> str:
     """What `draw` prints, as wide and as coloured as stdout can show: a file or a pipe gets lines of any length."""
     from rich.console import Console

@@ -23,6 +23,7 @@ from vitrail.formats import (
     read_json,
     read_weights,
     refuse,
+    refuse_additions,
     section,
     side,
     to_ours,
@@ -240,6 +241,7 @@ def check_timm(config: ViTConfig) -> None:
         if value != plain:
             only = f": it is always {EPSILON:g} there" if name == "layer_norm_eps" else ""
             raise BadInput(f"timm's VisionTransformer has no {name} = {shorten(value)}, as this model has it{only}.")
+    refuse_additions(config, "timm")
 
 
 def write_timm(folder: Path, model: Imported, card: str) -> None:

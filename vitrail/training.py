@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vitrail import cache
+from vitrail.additions import initialise_as_torch, zero_residuals
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, read_about, write_tensors, write_text
@@ -22,13 +23,13 @@ from vitrail.environment import describe
 from vitrail.errors import BadInput, Diverged, Stopped
 from vitrail.evaluate import Predictions, figures, pick_device, predict_split
 from vitrail.model import VisionTransformer
-from vitrail.optimize import build_optimizer, learning_rate
-from vitrail.process import deterministic, keep_freed_memory, stop_signals
+from vitrail.optimize import RunningAverage, build_optimizer, learning_rate
+from vitrail.process import deterministic, keep_freed_memory, peak_memory, stop_signals
 from vitrail.progress import TrainingDisplay, say
 from vitrail.recipes import Recipe, Resolved, resolve
 from vitrail.report import write_report
 from vitrail.resume import Progress, check_images, compare_launches, take_up
-from vitrail.step import peak_memory, train_step
+from vitrail.step import train_step
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
 
@@ -74,24 +75,29 @@ def train(
     device = pick_device(settings.get("device", chosen.device))
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
     torch.manual_seed(chosen.seed)
-    model = VisionTransformer(model_config(chosen, len(dataset.classes))).to(device)
+    model = VisionTransformer(model_config(chosen, len(dataset.classes)))
+    if chosen.initial_weights == "torch":
+        initialise_as_torch(model)
+    if chosen.zero_residual:
+        zero_residuals(model)
+    model.to(device)
     model.checkpoint_activations = chosen.checkpoint_activations
     if chosen.compile:
         model.compile(dynamic=False)  # in place: the names of the weights stay
-    optimizer = build_optimizer(model, chosen)
+    optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.average)
     progress = Progress(images=dataset.digest())
     launch = describe(device)
     if run is None:  # only now: what is wrong with the input was said before anything was written
         run = Run.create(Path(output) if output is not None else Path("runs") / resolved.name)
         run.write_recipe(resolved)
     else:
-        check_images(run, then := Progress(**run.load_state(model, optimizer)), progress.images)
+        check_images(run, then := Progress(**run.load_state(model, optimizer, average.weights)), progress.images)
         compare_launches((run.launches() or [launch])[-1], launch)
         progress = then
     run.note_launch({"step": progress.step, **launch})
     if device.type == "cpu":
         keep_freed_memory()
-    session = Session(run, resolved, dataset, model, optimizer, progress, device, checkpoint_every)
+    session = Session(run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every)
     session.announce()
     with deterministic(device), stop_signals() as stopped:
         return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
@@ -99,11 +105,8 @@ def train(
 
 def model_config(recipe: Recipe, num_classes: int) -> ViTConfig:
     """The shape of the model that a recipe trains."""
-    return ViTConfig(
-        image_size=recipe.image_size, patch_size=recipe.patch_size, hidden_size=recipe.hidden_size,
-        mlp_dim=recipe.mlp_dim, num_heads=recipe.num_heads, num_layers=recipe.num_layers, num_classes=num_classes,
-        classifier=recipe.classifier, representation_size=recipe.representation_size, dropout=recipe.dropout,
-    )  # fmt: skip
+    shared = {setting.name for setting in fields(ViTConfig)} & vars(recipe).keys()
+    return ViTConfig(num_classes=num_classes, **{name: getattr(recipe, name) for name in shared})
 
 
 @dataclass
@@ -115,6 +118,7 @@ class Session:
     dataset: Dataset
     model: VisionTransformer
     optimizer: torch.optim.Optimizer
+    average: RunningAverage
     progress: Progress
     device: torch.device
     checkpoint_every: float
@@ -181,6 +185,7 @@ class Session:
                 self.save()
                 self.stop(stopped[0])
             self.pending.append(train_step(self.model, self.optimizer, batches, step))
+            self.average.update(step)
             progress.step = step + 1
             now = time.perf_counter()
             to_save = now - self.saved >= self.checkpoint_every
@@ -251,8 +256,9 @@ class Session:
         return predictions
 
     def evaluate(self) -> Predictions:
-        """Predictions for the evaluated split by the weights as they are."""
-        predictions = predict_split(self.model, self.judged, precision=self.recipe.precision)
+        """Predictions for the evaluated split by the weights as they are, or by their running average."""
+        with self.average.in_place():
+            predictions = predict_split(self.model, self.judged, precision=self.recipe.precision)
         self.model.train()
         return predictions
 
@@ -265,8 +271,9 @@ class Session:
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
                 self.diverged(f"{name} is no longer finite after step {self.progress.step}")
-        self.run.save_model(self.model, self.dataset.classes)
-        self.run.save_state(self.model, self.optimizer, self.progress.as_dict())
+        with self.average.in_place():
+            self.run.save_model(self.model, self.dataset.classes)
+        self.run.save_state(self.model, self.optimizer, self.average.weights, self.progress.as_dict())
         write_report(self.run.path, self.dataset)  # what there is to see so far
         self.saved = time.perf_counter()
 

@@ -22,6 +22,7 @@ from vitrail.formats import (
     read_json,
     read_weights,
     refuse,
+    refuse_additions,
     section,
     side,
     to_ours,
@@ -183,6 +184,7 @@ def check_transformers(config: ViTConfig) -> None:
             raise BadInput(
                 f"transformers' ViTForImageClassification has no {name} = {shorten(value)}, as this model has it."
             )
+    refuse_additions(config, "transformers")
 
 
 def write_transformers(folder: Path, model: Imported, card: str) -> None:

@@ -1,0 +1,386 @@
+"""What later papers add to the model: what each computes, that all go together, and that none is there unasked."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitrail
+from vitrail.additions import ConvolutionalStem, ResidualScale, drop_patches, zero_residuals
+from vitrail.checkpoint import Run
+from vitrail.config import ADDITIONS, ViTConfig
+from vitrail.errors import BadInput
+from vitrail.exchange import CHECK
+from vitrail.floor import forward_flops, training_flops
+from vitrail.model import Attention, VisionTransformer
+from vitrail.positions import grid, rotary_positions, rotate, sincos_positions
+
+CPU = torch.device("cpu")
+SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
+EACH: list[dict[str, Any]] = [
+    {"positions": "sincos"}, {"positions": "rotary"}, {"stem": "convolutions"}, {"registers": 3}, {"qk_norm": True},
+    {"layer_scale": 0.3}, {"stochastic_depth": 0.4}, {"patch_dropout": 0.4},
+]  # fmt: skip
+ALL: dict[str, Any] = {name: value for addition in EACH[1:] for name, value in addition.items()}
+CASES = [pytest.param(each, id="-".join(map(str, each)) + str(each.get("positions", ""))) for each in EACH]
+CASES += [pytest.param(ALL, id="all"), pytest.param({**ALL, "positions": "sincos", "classifier": "gap"}, id="all-gap")]
+# Weights as those of a trained model, so that nothing is hidden by what begins at zero
+SPREAD = 0.3
+
+
+def build(added: dict[str, Any], **others: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(SMALL, **added | others))
+    for weight in model.parameters():
+        nn.init.normal_(weight, mean=float(weight.ndim == 1), std=SPREAD)
+    return model
+
+
+def images(count: int = 3, side: int = 16) -> Float[Tensor, "b 3 side side"]:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: VisionTransformer) -> tuple[Float[Tensor, "b classes"], Float[Tensor, " weights"]]:
+    """Logits and the gradient of a loss by them, with the same noise each time."""
+    model.zero_grad()
+    torch.manual_seed(2)
+    logits = model(images())
+    (logits.float().softmax(-1) ** 2).sum().backward()
+    return logits, torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+# None is there unasked
+
+
+def test_the_plain_model_is_as_it_was(tmp_path: Path) -> None:
+    block = ["attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.hidden", "mlp.out"]
+    modules = ["patch_embedding.projection", *(f"blocks.{n}.{name}" for n in (0, 1) for name in block), "norm", "head"]
+    weights = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    model = build({})
+    assert sorted(model.state_dict()) == sorted(["class_token", "position_embedding", *weights])
+    run = Run.create(tmp_path / "run")
+    run.save_model(model, tuple("abcde"))
+    path = run.path / "model" / "config.json"
+    content = json.loads(path.read_text("utf-8"))
+    for name in ALL:  # older runs have none of them
+        del content["model"][name]
+    path.write_text(json.dumps(content))
+    back = vitrail.load(run.path)
+    assert back.config == SMALL
+    assert torch.equal(back(images()), model.eval()(images()))
+
+
+@pytest.mark.parametrize("added", [{"stochastic_depth": 0.4}, {"patch_dropout": 0.4}])
+def test_what_is_for_training_leaves_weights_and_evaluation_as_they_are(added: dict[str, Any]) -> None:
+    model, plain = build(added), build({})
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(model.eval()(images()), plain.eval()(images()))
+    assert not torch.equal(model.train()(images()), plain.train()(images()))
+
+
+# All go together
+
+
+@pytest.mark.parametrize("added", CASES)
+def test_both_ways_to_attend_and_to_save_memory_agree(added: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(added)
+    expected = step(model)
+    monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
+    torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.undo()
+    model.checkpoint_activations = True
+    torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, gradient = step(model)
+    assert (logits - expected[0]).norm() < 0.05 * expected[0].norm()
+    assert nn.functional.cosine_similarity(gradient, expected[1], dim=0) > 0.98
+    model.eval()
+    encoded = model.forward_encoder(model.embed(images()))
+    torch.testing.assert_close(model(images()), model.forward_head(encoded), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("added", CASES)
+def test_attention_is_what_the_blocks_pay(added: dict[str, Any]) -> None:
+    """The last block's output, put together again from the weights that `attention` tells."""
+    model = build(added, num_layers=1).eval()
+    weights = model.attention(images())[0]
+    tokens = model.embed(images())
+    assert weights.shape == (3, 4, model.config.num_tokens, model.config.num_tokens) == (3, 4, *2 * tokens.shape[1:2])
+    block: Any = model.blocks[0]
+    values = block.attention.project(block.attention_norm(tokens))[2]
+    attended = block.attention.out((weights @ values).transpose(1, 2).flatten(2))
+    x = tokens + block.attention_scale(attended)
+    x = x + block.mlp_scale(block.mlp(block.mlp_norm(x)))
+    torch.testing.assert_close(model.norm(x), model.forward_encoder(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learnt", "sincos", "rotary"])
+def test_saved_loaded_and_resized(positions: str, tmp_path: Path) -> None:
+    model = build(ALL, positions=positions)
+    run = Run.create(tmp_path / "run")
+    run.save_model(model, tuple("abcde"))
+    back, larger = vitrail.load(run.path), vitrail.load(run.path, image_size=24)
+    assert back.config == model.config
+    assert torch.equal(back(images()), model.eval()(images()))
+    names = [name for name in model.state_dict() if name != "position_embedding"]
+    assert all(torch.equal(larger.state_dict()[name], model.state_dict()[name]) for name in names)
+    assert larger.embed(images(2, 24)).shape == (2, 1 + 3 + 6**2, 32)
+    small = larger.train().embed(images(2, 16))  # smaller images in training, as in the first steps of some recipes
+    if positions != "learnt":
+        assert torch.equal(small, model.embed(images(2, 16)))
+
+
+@pytest.mark.parametrize("added", CASES)
+def test_flops_are_those_that_torch_counts(added: dict[str, Any]) -> None:
+    model = build(added)
+    for flops, training in ((forward_flops, False), (training_flops, True)):
+        model.train(training)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            logits = model(images())
+            if training:
+                logits.sum().backward()
+        assert counter.get_total_flops() == 3 * flops(model.config)
+
+
+def test_each_setting_of_a_recipe_reaches_the_model(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        **ALL,
+        "hidden_size": 16,
+        "mlp_dim": 24,
+        "num_heads": 2,
+        "num_layers": 2,
+        "dropout": 0.2,
+    }
+    run = vitrail.train(
+        "digits", output=tmp_path / "run", epochs=1, batch_size=1000, lr=0.0, initial_weights="torch",
+        zero_residual=True, **settings,
+    ).run  # fmt: skip
+    config = json.loads((run / "model" / "config.json").read_text("utf-8"))["model"]
+    assert {name: config[name] for name in settings} == settings
+    weights = vitrail.load(run).state_dict()
+    zero = {name for name, weight in weights.items() if not weight.any()}
+    outs = {
+        f"blocks.{n}.{part}.out.{kind}" for n in (0, 1) for part in ("attention", "mlp") for kind in ("weight", "bias")
+    }
+    assert zero == {"class_token", *outs}
+
+
+@pytest.mark.parametrize("library", CHECK)
+def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: str) -> None:
+    values: dict[str, Any] = {
+        "positions": "sincos", "stem": "convolutions", "registers": 1, "qk_norm": True, "layer_scale": 1.0,
+    }  # fmt: skip
+    assert values.keys() == set(ADDITIONS)
+    for name, value in values.items():
+        with pytest.raises(BadInput, match=f"has {name} = {value!r}, which Vitrail does not write for {library}"):
+            CHECK[library](replace(SMALL, **{name: value}))
+    CHECK[library](replace(SMALL, stochastic_depth=0.1, patch_dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"positions": "fixed"}, "positions is 'fixed'; it must be one of learnt, sincos, rotary"),
+        ({"stem": "conv"}, "stem is 'conv'; it must be one of patch, convolutions"),
+        ({"registers": -1}, "registers is -1; it must be a whole number from 0"),
+        ({"registers": 1.5}, "registers is 1.5; it must be a whole number from 0"),
+        ({"qk_norm": "yes"}, "qk_norm is 'yes'; it must be true or false"),
+        ({"layer_scale": 0.0}, "layer_scale is 0.0; it must be above 0, or left out"),
+        ({"stochastic_depth": 1.0}, "stochastic_depth is 1.0; it must be at least 0 and below 1"),
+        ({"patch_dropout": -0.1}, "patch_dropout is -0.1; it must be at least 0 and below 1"),
+        ({"positions": "sincos", "hidden_size": 30, "num_heads": 3}, "a width of a multiple of 4 channels, not of 30"),
+        ({"positions": "rotary", "num_heads": 16}, "need heads of a multiple of 4 channels, not of 2"),
+        ({"stem": "convolutions", "patch_size": 6, "image_size": 18}, "6 is no power of 2"),
+        ({"stem": "convolutions", "patch_size": 1}, "1 is no power of 2"),
+        ({"stem": "convolutions", "patch_size": 16, "hidden_size": 36}, "take a multiple of 8 for hidden_size"),
+        ({"stem": "convolutions", "resnet_blocks": ()}, "leave out stem = 'convolutions'"),
+    ],
+)
+def test_additions_that_cannot_be_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        replace(SMALL, **changed)
+
+
+# Positions
+
+
+@pytest.mark.parametrize("positions", ["learnt", "sincos", "rotary"])
+def test_the_model_sees_where_patches_are(positions: str) -> None:
+    model = build({"positions": positions, "classifier": "gap"}).eval()
+    image = images(1)
+    moved = torch.cat([image[..., 8:], image[..., :8]], dim=-1)  # the same patches, halves exchanged
+    assert (model(moved) - model(image)).abs().max() > 1e-2
+
+
+def test_sincos_positions_are_those_of_big_vision() -> None:
+    """Its formula (models/vit.py, posemb_sincos_2d), in NumPy; the class token has none."""
+    for side, width in ((3, 8), (4, 32), (1, 4)):
+        y, x = np.mgrid[:side, :side]
+        omega = 1 / 10_000 ** (np.arange(width // 4) / max(1, width // 4 - 1))
+        columns, rows = (np.einsum("m,d->md", part.flatten(), omega) for part in (x, y))
+        expected = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
+        np.testing.assert_allclose(sincos_positions(side**2, width, CPU), expected, atol=1e-6)
+    model = build({"positions": "sincos"})
+    assert model.class_token is not None
+    tokens = model.embed(images())
+    torch.testing.assert_close(tokens[:, 1:], model.patch_embedding(images()) + sincos_positions(16, 32, CPU))
+    assert torch.equal(tokens[:, :1], model.class_token.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rotary_scores_depend_on_how_far_apart_patches_are(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiled)  # compilers know no complex numbers
+    config = replace(SMALL, positions="rotary", registers=2)
+    q, k = torch.randn(2, 5, 4, 3 + 9, 8, generator=torch.Generator().manual_seed(0))
+    tokens = torch.zeros(5, 3 + 9, 32)
+
+    def turned(x: Tensor, rows: int, columns: int) -> Tensor:
+        rotation = rotary_positions(config, tokens, (grid(9, CPU) + torch.tensor([rows, columns]))[None])
+        assert rotation is not None
+        return rotate(x, rotation)
+
+    # Written out for one patch: row 1, column 2 of the grid; 4 pairs, two for the row and two for the column
+    angles = np.array([1, 1 / 10, 2, 2 / 10])
+    pairs = q[0, 0, 3 + 5].numpy().astype(np.float64).reshape(4, 2)
+    expected = (pairs[:, 0] + 1j * pairs[:, 1]) * np.exp(1j * angles)
+    np.testing.assert_allclose(turned(q, 0, 0)[0, 0, 3 + 5].numpy().reshape(4, 2) @ [1, 1j], expected, atol=1e-6)
+
+    scores = turned(q, 0, 0) @ turned(k, 0, 0).mT
+    patches = slice(3, None)
+    moved = turned(q, 2, 5) @ turned(k, 2, 5).mT
+    torch.testing.assert_close(moved[..., patches, patches], scores[..., patches, patches], atol=1e-4, rtol=1e-5)
+    apart = turned(q, 0, 0) @ turned(k, 2, 5).mT
+    assert (apart - scores)[..., patches, patches].abs().max() > 0.1
+    assert torch.equal(turned(q, 2, 5)[:, :, :3], q[:, :, :3])  # the class token and the registers
+
+
+def test_rotary_positions_go_with_their_patches() -> None:
+    """Patches in another order, said so, are the same image; not said so, they are another."""
+    model = build({"positions": "rotary"}).eval()
+    tokens, order = model.embed(images()), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, order]], dim=1)
+    places = grid(16, CPU)[order].expand(3, -1, -1)
+    expected = model.forward_encoder(tokens)[:, 0]
+    torch.testing.assert_close(model.forward_encoder(shuffled, 1, places)[:, 0], expected, atol=1e-5, rtol=1e-5)
+    assert (model.forward_encoder(shuffled, 1)[:, 0] - expected).abs().max() > 1e-2
+
+
+# The rest, each
+
+
+def test_stem_makes_a_token_of_each_patch_without_looking_at_other_images() -> None:
+    stem = ConvolutionalStem(replace(SMALL, patch_size=8, stem="convolutions"))
+    convolutions = [layer for layer in stem.layers if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [8, 16, 32]
+    batch = images(3, 32)
+    tokens = stem(batch)
+    assert tokens.shape == (3, 16, 32)
+    torch.testing.assert_close(stem(batch[1:2]), tokens[1:2])
+    assert torch.equal(stem.train()(batch), stem.eval()(batch))
+    # Tokens lie row by row, each seeing 15 pixels a side around the first of its patch
+    marked = batch.clone()
+    marked[..., 5:12, 21:28] += 10
+    changed = (stem(marked) - tokens).abs().sum(-1)[0]
+    assert changed.argmax() == 7
+
+
+def test_registers_take_part_and_are_not_read() -> None:
+    model = build({"registers": 3, "classifier": "gap"}).eval()
+    config = model.config
+    assert (config.num_prefix_tokens, config.num_tokens) == (3, 19)
+    assert replace(config, classifier="token").num_prefix_tokens == 4
+    assert model.position_embedding is not None
+    assert model.position_embedding.shape == (1, 16, 32)
+    encoded = model.forward_encoder(model.embed(images()))
+    torch.testing.assert_close(model.forward_head(encoded), model.head(encoded[:, 3:].mean(1)))
+    logits = model(images())
+    assert model.registers is not None
+    nn.init.zeros_(model.registers)
+    assert (model(images()) - logits).abs().max() > 1e-2
+    both = build({"registers": 3})
+    assert torch.equal(both.embed(images())[:, 1:4], both.registers.expand(3, -1, -1))  # type: ignore[union-attr]
+
+
+def test_normalised_queries_and_keys_bound_the_scores() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 32) * 1e3
+    for qk_norm in (True, False):
+        q, k, _ = Attention(32, 4, qk_norm).project(x)
+        largest = (q @ k.mT / math.sqrt(8)).abs().max()
+        assert (largest <= math.sqrt(8) + 1e-4) == qk_norm
+    names = set(dict(build({"qk_norm": True}).named_parameters())) - set(dict(build({}).named_parameters()))
+    assert names == {f"blocks.{n}.attention.{part}_norm.weight" for n in (0, 1) for part in "qk"}
+
+
+def test_layer_scale_begins_at_its_value_and_multiplies_the_residuals() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(SMALL, layer_scale=0.25))
+    scales = [weight for name, weight in model.named_parameters() if "_scale." in name]
+    assert len(scales) == 2 * SMALL.num_layers
+    assert all(torch.equal(scale, torch.full((32,), 0.25)) for scale in scales)
+    scaled, plain = build({"layer_scale": 0.25}).eval(), build({}).eval()
+    weights = {name: weight.clone() for name, weight in scaled.state_dict().items()}
+    for name in [name for name in weights if "_scale." in name]:
+        scale, out = weights.pop(name), name.replace("_scale.weight", ".out")
+        weights[f"{out}.weight"] *= scale[:, None]
+        weights[f"{out}.bias"] *= scale
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(scaled(images()), plain(images()), atol=1e-4, rtol=1e-4)
+
+
+def test_zero_residual_begins_with_blocks_that_add_nothing() -> None:
+    model = VisionTransformer(SMALL)
+    zero_residuals(model)
+    tokens = model.embed(images())
+    assert torch.equal(model.forward_encoder(tokens), model.norm(tokens))
+    assert (VisionTransformer(SMALL).forward_encoder(tokens) - model.norm(tokens)).abs().max() > 0.1
+
+
+def test_stochastic_depth_leaves_out_whole_residuals_at_a_rising_rate() -> None:
+    torch.manual_seed(0)
+    config = replace(SMALL, stochastic_depth=0.4)
+    branches = [block.mlp_scale for block in VisionTransformer(config).blocks]
+    ones = torch.ones(4000, 2, 32)
+    for branch, rate in zip(branches, (0.2, 0.4), strict=True):
+        assert isinstance(branch, ResidualScale)
+        found = branch(ones)
+        assert torch.equal(found, found[:, :1, :1].expand_as(found))  # all of an image's, or nothing
+        assert found.unique().tolist() == [0, pytest.approx(1 / (1 - rate))]
+        assert (found == 0).float().mean().item() == pytest.approx(rate, abs=0.03)
+        assert branch.eval()(ones) is ones
+    model = build({"stochastic_depth": 0.4}, num_layers=1)  # both of its residuals
+    tokens = model.embed(images(1)).expand(200, -1, -1)
+    assert len(model.blocks[0](tokens)[:, 0, 0].round(decimals=3).unique()) == 4
+
+
+def test_patch_dropout_shortens_the_sequence_and_keeps_what_is_in_front() -> None:
+    torch.manual_seed(0)
+    config = replace(SMALL, registers=2, patch_dropout=0.4)
+    tokens = torch.randn(50, 3 + 16, 32)
+    left, places = drop_patches(tokens, config)
+    assert left.shape == (50, 3 + 10, 32)
+    assert torch.equal(left[:, :3], tokens[:, :3])
+    numbers = 4 * places[..., 0] + places[..., 1]
+    for image in range(50):
+        assert len(numbers[image].unique()) == 10
+        assert torch.equal(left[image, 3:], tokens[image, 3 + numbers[image]])
+    shares = torch.bincount(numbers.flatten(), minlength=16) / 50  # of the images that each patch is left in
+    assert shares.min() > 0.35
+    assert shares.max() < 0.9
+    assert not torch.equal(numbers[0].sort()[0], numbers[1].sort()[0])
+    assert replace(config, patch_dropout=0.99).kept_patches(16) == 1
+    seen = []
+    model = build({"patch_dropout": 0.5})
+    model.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    model(images())
+    model.eval()(images())
+    assert seen == [1 + 8, 1 + 16]

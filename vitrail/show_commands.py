@@ -1,0 +1,120 @@
+"""The commands that show what is there: data sets, and runs side by side."""
+
+import argparse
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from vitrail.arguments import Parser, add_json, add_setting, one_of, shown
+from vitrail.errors import BadInput
+from vitrail.recipes import RECIPES, Recipe, resolve
+from vitrail.tables import as_json, markdown, rendered
+
+IMAGES, VIEWS = 8, 8  # on the picture of what augmentation makes of them
+# What decides how training shows an image: the settings of the images, and some of those that follow.
+SHOWING = (
+    *(setting.name for setting in itertools.takewhile(lambda s: s.name != "patch_size", dataclasses.fields(Recipe))),
+    "first_size", "first_share", "seed",
+)  # fmt: skip
+
+
+def take_data(parser: Parser, argv: Sequence[str]) -> None:
+    """The data set, and how its images are augmented."""
+    parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
+    parser.add_argument("data", metavar="D", help="digits, tiny-imagenet, a folder, or a .zip / .tar archive")
+    add_json(parser)
+    what = "with --augmented: training images as they are shown by a recipe, or with other settings than it has"
+    group = parser.add_argument_group(what)
+    group.add_argument("--augmented", action="store_true", help="write that picture, and look for nothing else")
+    group.add_argument("--output", type=Path, metavar="FILE", help="the picture, a PNG (NAME-augmented.png)")
+    group.add_argument("--recipe", type=one_of(tuple(RECIPES)), metavar="RECIPE", help=f"{', '.join(RECIPES)} (digits)")
+    kinds = get_type_hints(Recipe)
+    for setting in dataclasses.fields(Recipe):
+        if setting.name in SHOWING and setting.name != "data":
+            add_setting(group, setting, kinds[setting.name])
+
+
+def do_data(args: argparse.Namespace) -> str:
+    """Say what is in a data set, and what is wrong with it; or draw how a recipe augments its images."""
+    given = dict(vars(args))
+    data, json = given.pop("data"), given.pop("json", False)
+    if given.pop("augmented", False):
+        if json:
+            raise BadInput("--augmented draws a picture, and has nothing to say in JSON; leave one of them out.")
+        return draw_augmented(data, given.pop("recipe", "digits"), given.pop("output", None), given)
+    if given:
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise BadInput(f"{flag} is for the picture that --augmented draws; add that.")
+    from vitrail.survey import inspect, show
+
+    found = inspect(data)
+    return as_json(found.to_dict()) if json else rendered(lambda console: show(found, console))
+
+
+def draw_augmented(data: str, name: str, output: Path | None, settings: dict[str, Any]) -> str:
+    """Write a picture of training images as a recipe shows them, and say where it is."""
+    recipe = resolve(name, data=data, **settings).recipe
+    from PIL.PngImagePlugin import PngInfo
+
+    from vitrail import cache
+    from vitrail.checkpoint import write
+    from vitrail.views import samples, sheet
+
+    mark = "vitrail data --augmented"
+    if output is not None:
+        check_output(output, mark, "augmented.png")
+    dataset = cache.load(data, recipe.image_size, holdout=recipe.holdout)
+    if output is None:
+        output = Path(re.sub(r"[^\w.-]", "_", dataset.name) + "-augmented.png")
+        check_output(output, mark, "augmented.png")
+    default = Recipe()
+    changed = [key for key in SHOWING[1:-1] if getattr(recipe, key) != getattr(default, key)]
+    said = ", ".join(f"{key} {shown(getattr(recipe, key))}" for key in changed)
+    title = f"{dataset.name} by the recipe {name}, seed {recipe.seed}: {said or 'no augmentation'}"
+    rows = samples(dataset.splits["train"], recipe, IMAGES, VIEWS)
+    about = PngInfo()
+    about.add_text("Software", mark)
+    picture = sheet(title, rows, dataset.classes)
+    write(output, lambda file: picture.save(file, "PNG", pnginfo=about))
+    return f"{output}\n{len(rows)} training images, and {VIEWS} views of each. {title}"
+
+
+def take_compare(parser: Parser, argv: Sequence[str]) -> None:
+    """The runs, and where the page goes."""
+    what = "a run folder, with or without weights, or results/original-vit-12.json"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=what)
+    page = Path("compare.html")
+    parser.add_argument("--output", type=Path, metavar="PAGE", default=page, help=f"where the page goes ({page})")
+
+
+def do_compare(args: argparse.Namespace) -> str:
+    """Say as Markdown how runs compare, and write a page with their curves."""
+    from vitrail.compare import COLUMNS, MARK, cells, differences, remarks, write_page
+    from vitrail.progress import say
+    from vitrail.runs import load
+
+    check_output(args.output, MARK, "compare.html")
+    rows = load(args.runs)
+    write_page(args.output, rows)
+    said = [*remarks(rows), markdown(COLUMNS, [cells(row) for row in rows])]
+    having, differing = differences(rows)
+    if differing:
+        values = [(f"`{name}`", *values) for name, values in differing.items()]
+        said.append(markdown(("setting that differs", *(f"`{row.name}`" for row in having)), values))
+    say(f"look at  {args.output}")
+    return "\n\n".join(said)
+
+
+def check_output(path: Path, mark: str, example: str) -> None:
+    """Make sure that a file can be written there. One with `mark` in it was written by the same command, and gives way.
+
+    Raises:
+        BadInput: there is a folder, or a file that is something else.
+    """
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; name a file, such as {path / example}.")
+    if path.exists() and mark.encode() not in path.read_bytes()[:4000]:
+        raise BadInput(f"{path} is there, and was not written by this command; name another with --output.")
