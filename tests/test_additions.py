@@ -153,13 +153,8 @@ def test_flops_are_those_that_torch_counts(added: dict[str, Any]) -> None:
 
 def test_each_setting_of_a_recipe_reaches_the_model(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
-        **ALL,
-        "hidden_size": 16,
-        "mlp_dim": 24,
-        "num_heads": 2,
-        "num_layers": 2,
-        "dropout": 0.2,
-    }
+        **ALL, "hidden_size": 16, "mlp_dim": 24, "num_heads": 2, "num_layers": 2, "dropout": 0.2,
+    }  # fmt: skip
     run = vitrail.train(
         "digits", output=tmp_path / "run", epochs=1, batch_size=1000, lr=0.0, initial_weights="torch",
         zero_residual=True, **settings,
@@ -168,10 +163,12 @@ def test_each_setting_of_a_recipe_reaches_the_model(tmp_path: Path) -> None:
     assert {name: config[name] for name in settings} == settings
     weights = vitrail.load(run).state_dict()
     zero = {name for name, weight in weights.items() if not weight.any()}
-    outs = {
-        f"blocks.{n}.{part}.out.{kind}" for n in (0, 1) for part in ("attention", "mlp") for kind in ("weight", "bias")
+    outs = {name for name in weights if ".out." in name}
+    assert len(outs) == 8
+    norms = {name for name in weights if name.endswith("norm.bias")} | {
+        f"patch_embedding.layers.{n}.bias" for n in (1, 4)
     }
-    assert zero == {"class_token", *outs}
+    assert zero == outs | norms  # and nothing else: the head is not, nor are the biases of queries, keys and values
 
 
 @pytest.mark.parametrize("library", CHECK)
@@ -208,6 +205,15 @@ def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: st
 def test_additions_that_cannot_be_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         replace(SMALL, **changed)
+
+
+@pytest.mark.parametrize("positions", ["learnt", "sincos", "rotary"])
+def test_residuals_are_summed_in_float32(positions: str) -> None:
+    model = build({"positions": positions, "classifier": "gap"})
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.embed(images())
+        rotation = rotary_positions(model.config, tokens)
+        assert (tokens.dtype, model.blocks[0](tokens, None, rotation).dtype) == (torch.float32, torch.float32)
 
 
 # Positions

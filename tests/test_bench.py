@@ -384,6 +384,34 @@ def test_a_page_or_record_that_is_not_as_it_was_written(tmp_path: Path) -> None:
         speedpage.check_page(tmp_path, found().environment)
 
 
+def test_a_record_of_another_machine_is_added_to_the_page(tmp_path: Path) -> None:
+    there, page = tmp_path / "there" / "docs" / "speed.md", tmp_path / "here" / "docs" / "speed.md"
+    speedpage.write_page(
+        there, session(row(OURS, 60), gpu="A GPU", command="vitrail bench --data '/home/me/my images'")
+    )
+    speedpage.write_page(page, found())
+    before = page.read_text("utf-8")
+    kept = tmp_path / "there" / "results" / "speed" / "a-gpu.json"
+    assert speedpage.add_record(page, kept) == 1
+    assert page.read_text("utf-8").startswith(before.rstrip())
+    assert "60.0 images/s" in page.read_text("utf-8").removeprefix(before)
+    assert "`vitrail bench --data 'my images'`" in page.read_text("utf-8")  # where it lay is nobody's business
+    assert (tmp_path / "here" / "results" / "speed" / "a-gpu.json").read_text() == kept.read_text()
+    with pytest.raises(BadInput, match=r"other\.json has no rows"):
+        speedpage.add_record(page, tmp_path / "other.json")
+
+
+def test_the_machines_rate_is_the_highest_that_was_measured(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "speed.md"
+    disturbed = replace(found(), matrix_rate={"fp32": 100e9})
+    speedpage.write_page(page, disturbed)
+    speedpage.write_page(
+        page, session(row("vitrail -h", 0.05, task="start", model="", precision="", batch=0, unit="s"))
+    )
+    share = f"{60 * training_flops(cases(CPU)[0].config) / 250e9:.0%}"
+    assert f"| vitrail | 60.0 images/s | 50.0 – 70.0 | 1.20 | 75% | {share} | 1 |" in page.read_text("utf-8")
+
+
 def test_plot() -> None:
     rows = [row("t<m", 40), row(OURS, 60), row(FLOOR, 80)]
     more = [replace(each, task="inference", batch=batch) for each in rows for batch in (1, 64)]

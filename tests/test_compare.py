@@ -68,6 +68,16 @@ def test_seeds_are_one_row() -> None:
     }  # fmt: skip
 
 
+def test_seeds_of_several_versions_are_told(tmp_path: Path) -> None:
+    same = [variant(tmp_path / f"run-{seed}", seed) for seed in range(2)]
+    told = "The runs of run were trained by several versions of the program, not only from several seeds."
+    assert told not in compare.remarks(runs.load(same))
+    environment = read(same[1] / "environment.json")
+    environment["launches"][0]["commit"] = "0" * 40
+    change(same[1] / "environment.json", **environment)
+    assert told in compare.remarks(runs.load(same))
+
+
 def test_what_else_differs_makes_another_row(tmp_path: Path) -> None:
     base = [variant(tmp_path / f"base-{seed}", seed) for seed in range(2)]
     assert [row.name for row in runs.load([*base, SEEDS[2]])] == ["digits"]  # which has no settings of later versions
@@ -81,6 +91,7 @@ def test_what_else_differs_makes_another_row(tmp_path: Path) -> None:
         ("base", 2), ("lr", 1), ("short", 1), ("gpu", 1), ("again", 1)
     ]  # fmt: skip
     assert [row.letter for row in rows] == list("ABCDE")
+    assert [entry.where for entry in rows[0].entries] == base
     assert rows[3].first.hardware == "NVIDIA H100, fp32"
     assert rows[2].epochs == "40 of 80"
 
@@ -93,6 +104,8 @@ def test_names(tmp_path: Path) -> None:
     assert names("a-seed-0", "a-seed-1") == ["a"]
     assert names("photos", "photos-2") == ["photos"]
     assert names("run10", "run11") == ["digits"]  # not run1
+    assert names("seed-0", "seed-1") == ["digits"]
+    assert names("my_linseed.0", "my_linseed.1") == ["my_linseed"]
     place = tmp_path / "same"
     alike = [variant(place / "x" / "run", lr=0.1), variant(place / "y" / "run", lr=0.2)]
     assert [row.name for row in runs.load(alike)] == [str(path) for path in alike]

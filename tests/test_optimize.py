@@ -174,6 +174,30 @@ def test_muon_moves_as_torchs_own_and_the_rest_as_adamw(monkeypatch: pytest.Monk
 # The average
 
 
+def test_muon_goes_on_from_a_saved_state_at_the_rates_that_its_groups_then_have() -> None:
+    def steps(optimizer: torch.optim.Optimizer, model: VisionTransformer, rates: list[float]) -> None:
+        for number, rate in enumerate(rates):
+            random = torch.Generator().manual_seed(number)
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=random)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+            optimizer.step()
+
+    recipe = Recipe(optimizer="muon", weight_decay=0.1)
+    torch.manual_seed(0)
+    first, second = (copy.deepcopy(MODEL) for _ in range(2))
+    whole, before = build_optimizer(first, recipe), build_optimizer(second, recipe)
+    steps(whole, first, [1.0, 0.5])
+    steps(before, second, [1.0, 0.5])
+    after = build_optimizer(second, recipe)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    steps(whole, first, [0.25, 0.125])
+    steps(after, second, [0.25, 0.125])
+    for (name, weight), other in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
 def test_the_average_is_that_of_the_formula_and_leaves_the_weights_as_they_were() -> None:
     model = copy.deepcopy(MODEL)
     average = RunningAverage(model, 0.5)

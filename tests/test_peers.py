@@ -247,7 +247,7 @@ def test_heads_of_timm_go_by_the_architecture(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("deit3_small_patch16_224", {}, "LayerScale, which Vitrail's has not: .*ls1.gamma"),
+        ("deit3_small_patch16_224", {}, "LayerScale, which Vitrail does not read: .*ls1.gamma"),
         ("vit_tiny_patch16_224", {"reg_tokens": 2}, "register tokens"),
         ("vit_tiny_patch16_224", {"qk_norm": True}, "attention of another kind"),
         ("vit_tiny_patch16_224", {"init_values": 1e-3}, "LayerScale"),

@@ -21,28 +21,40 @@ def results(run: Path) -> dict[str, Any]:
     return content
 
 
+def changes(run: Path) -> frozenset[str]:
+    """Settings of a run that are not its recipe's, but for where it ran, on what copy of the data, and the seed."""
+    resolved = Run(run).recipe()
+    changed = {name for name, value in vars(RECIPES[resolved.name]).items() if getattr(resolved.recipe, name) != value}
+    return frozenset(changed - {"data", "seed", "device", "precision"})
+
+
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_run_is_kept_with_all_that_it_takes_to_repeat_it(run: Path) -> None:
     assert {file.name for file in run.iterdir()} == {"recipe.yaml", "environment.json", "metrics.jsonl", "results.json"}
     found, resolved = results(run), Run(run).recipe()
     assert (resolved.name, resolved.recipe.seed) == (found["recipe"], found["seed"])
-    recipe = RECIPES[resolved.name]
-    changed = {name for name, value in vars(recipe).items() if getattr(resolved.recipe, name) != value}
-    assert changed <= {"data", "seed", "device", "precision"}, "the run is not of the recipe as it now is"
     launches = Run(run).launches()
     assert all(re.fullmatch("[0-9a-f]{40}", launch["commit"]) for launch in launches)
     last = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert (last["epoch"], last["val_top1"]) == (found["epochs"], found["top1"])
 
 
-@pytest.mark.parametrize("recipe", sorted({results(run)["recipe"] for run in RUNS}))
-def test_the_readme_has_the_mean_and_the_spread(recipe: str) -> None:
-    runs = [results(run) for run in RUNS if results(run)["recipe"] == recipe]
+@pytest.mark.parametrize(
+    ("recipe", "changed"), sorted({(results(run)["recipe"], changes(run)) for run in RUNS}, key=str), ids=str
+)
+def test_the_readme_has_the_mean_and_the_spread(recipe: str, changed: frozenset[str]) -> None:
+    """In the row that links to the runs, which names what they have otherwise than their recipe."""
+    kept = [run for run in RUNS if results(run)["recipe"] == recipe and changes(run) == changed]
+    (row,) = (line for line in README.splitlines() if f"(results/{kept[0].name})" in line and line.startswith("|"))
+    assert row.startswith(f"| `{recipe}`")
+    assert all(f"(results/{run.name})" in row for run in kept)
+    for name in changed:
+        assert f"`{name}={getattr(Run(kept[0]).recipe().recipe, name)}`" in row, row
+    runs = [results(run) for run in kept]
     top1 = [run["top1"] for run in runs]
     figure = f"{statistics.mean(top1):.3f}"
     if len(top1) > 1:
         figure += f" ± {statistics.stdev(top1):.3f}"
-    (row,) = (line for line in README.splitlines() if line.startswith(f"| `{recipe}`"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert figure in cells, f"{figure} is not in: {row}"
     assert any(f"{statistics.mean(run['train_seconds'] for run in runs):,.0f} s" in cell for cell in cells), row

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 import vitrail
 from vitrail.checkpoint import Run, read_about, read_tensors, write_tensors
@@ -83,8 +84,8 @@ def test_a_run_folder_describes_itself(whole: Path) -> None:
 def test_results_are_complete_and_true(whole: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     assert {"dataset", "split", "count", "top1", "top5", "loss", "parameters", "epochs", "samples_seen",
-            "train_seconds", "images_per_second", "input_share", "peak_memory", "device", "precision", "seed",
-            } <= set(results)  # fmt: skip
+            "train_seconds", "wall_seconds", "images_per_second", "input_share", "peak_memory", "device", "precision",
+            "seed"} <= set(results)  # fmt: skip
     model = vitrail.load(whole)
     train_images = 1797 - results["count"]
     assert results["dataset"] == "digits"
@@ -94,6 +95,7 @@ def test_results_are_complete_and_true(whole: Path) -> None:
     assert (results["epochs"], results["epochs_planned"]) == (3, 3)
     assert results["images_per_second"] == pytest.approx(results["samples_seen"] / results["train_seconds"], rel=0.1)
     assert 0 < results["input_share"] < 1
+    assert results["train_seconds"] < results["wall_seconds"] < 600
     assert 50e6 < results["peak_memory"] < 24e9  # bytes: Python and torch alone take 200 MB
     assert sum(row["count"] for row in results["per_class"]) == results["count"]
     predictions = load_file(whole / "predictions.safetensors")
@@ -250,6 +252,28 @@ def test_a_run_with_all_there_is_to_optimise_by_ends_with_the_same_bytes(tmp_pat
     assert all(torch.equal(weight, kept[f"average.{name}"]) for name, weight in shipped.items())
     assert not torch.equal(shipped["norm.weight"], kept["model.norm.weight"])
     assert evaluate_run(second.run)["loss"] == second.results["loss"]
+
+
+def test_batches_that_memory_has_divided_stay_so_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, sizes = VisionTransformer.forward, []
+
+    def cramped(model: VisionTransformer, images: Tensor) -> Tensor:
+        if model.training and len(images) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, images)
+
+    def roomy(model: VisionTransformer, images: Tensor) -> Tensor:
+        if model.training:
+            sizes.append(len(images))
+        return plain(model, images)
+
+    monkeypatch.setattr(VisionTransformer, "forward", cramped)
+    run = train(tmp_path / "run", epochs=2, stop_after=1).run
+    monkeypatch.setattr(VisionTransformer, "forward", roomy)
+    vitrail.train(output=run, resume=True)
+    assert set(sizes) == {16}
 
 
 def test_a_kill_between_an_epochs_line_and_its_checkpoint_leaves_one_line(whole: Path, tmp_path: Path) -> None:

@@ -69,9 +69,10 @@ def drop_patches(
 
 def initialise_as_torch(model: nn.Module) -> None:
     """Draw all linear layers and convolutions anew as PyTorch does where nobody says otherwise, biases included:
-    uniformly, with a variance of 1 / (3 fan-in), a third of what the official code has in most places.
+    uniformly, with a variance of 1 / (3 fan-in). That is a third of the official code's for queries, keys and values,
+    and between 0.8 (the MLP's hidden layer) and 0.2 (its output) of it elsewhere in a block.
 
-    Queries and keys are then smaller, so that attention begins flatter, and stays so at learning rates at which it
+    Queries and keys are smaller, so that attention begins flatter, and stays so at learning rates at which it
     otherwise collapses onto single tokens (docs/log.md; 2303.06296 describes the collapse).
     """
     for module in model.modules():

@@ -73,7 +73,9 @@ def measure(tasks: Sequence[str], setting: Setting) -> Iterator[Session]:
     rate = matrix_rate(device, DTYPES[setting.precision])
     session = Session(environment, {setting.precision: rate}, bandwidth(device), ())
     for task in tasks:
-        session = replace(session, rows=(*session.rows, *TASKS[task](setting)))
+        rows = (*session.rows, *TASKS[task](setting))
+        rate = max(rate, matrix_rate(device, DTYPES[setting.precision]))  # of a moment: something may have been running
+        session = replace(session, rows=rows, matrix_rate={setting.precision: rate})
         yield session
 
 

@@ -46,6 +46,9 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
             )
         elif not row.first.finished:
             yield f"{row.name} is not finished: its figures are those after epoch {row.epochs}, and are no result yet."
+        if len(row.entries) > 1 and len(set.union(*(entry.commits for entry in row.entries))) > 1:
+            versions = "were trained by several versions of the program, not only from several seeds."
+            yield f"The runs of {row.name} {versions}"
 
 
 def by_judge(rows: Sequence[Row]) -> list[tuple[Judged, list[Row]]]:

@@ -199,7 +199,9 @@ def refuse(names: Collection[str], parts: dict[str, str], path: Path) -> None:
     for pattern, part in parts.items():
         if found := sorted(name for name in names if re.search(pattern, name)):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
-            raise BadInput(f"{path} is of a model with {part}, which Vitrail's has not: {', '.join(found[:2])}{more}.")
+            raise BadInput(
+                f"{path} is of a model with {part}, which Vitrail does not read: {', '.join(found[:2])}{more}."
+            )
 
 
 def refuse_additions(config: ViTConfig, library: str) -> None:

@@ -237,7 +237,7 @@ class VisionTransformer(nn.Module):
             front = self.config.num_prefix_tokens - self.config.registers
             registers = self.registers.expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens[:, :front], registers, tokens[:, front:]], dim=1)
-        return self.dropout(tokens)
+        return self.dropout(tokens.to(self.norm.weight.dtype))  # residuals are not summed in bf16
 
     def forward_encoder(
         self,
@@ -301,7 +301,8 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Initial weights as in the official code (models_vit.py): all of them are set here and nowhere else.
+        """Initial weights as in the official code (models_vit.py). All of them are set here; a recipe that wants others
+        changes some afterwards (`additions.initialise_as_torch`, `additions.zero_residuals`).
 
         Xavier uniform for every matrix of the blocks, MLP biases N(0, 1e-6), position embeddings N(0, 0.02), LeCun
         normal for the patch embedding and the representation layer, zero for the head, the class token and the rest

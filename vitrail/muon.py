@@ -33,9 +33,17 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
-        rest = [group for group in groups if "parts" not in group]
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """Give AdamW its groups, and the state: to schedule, to save and to load there is one optimizer."""
+        rest = [group for group in self.param_groups if "parts" not in group]
         self.adamw = torch.optim.AdamW(rest, betas=(0.9, 0.999), fused=True)
-        self.adamw.state = self.state  # and the groups are the same: to save and to load there is one optimizer
+        self.adamw.state = self.state
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: a step is one gradient

@@ -39,7 +39,7 @@ def grid(patches: int, device: torch.device) -> Int[Tensor, "N 2"]:
 
 def sincos_positions(patches: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
     """Fixed position embeddings of a square image's patches: sine and cosine of the column, then of the row, at
-    wavelengths from 2 π to 20,000 π patches (2104.02057, appendix; 2205.01580)."""
+    wavelengths from 2 π to 20,000 π patches (2205.01580, section 3.3: the code that it names)."""
     frequencies = SINCOS_BASE ** -torch.linspace(0, 1, width // 4, device=device)
     rows, columns = (grid(patches, device)[..., None] * frequencies).unbind(1)  # (N, D / 4) each
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)

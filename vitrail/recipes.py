@@ -6,6 +6,7 @@ type, its default and its help stand here and nowhere else. Nothing here imports
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,6 +17,20 @@ from vitrail.errors import BadInput
 def setting(default: Any, help: str) -> Any:
     """A field of `Recipe`: its default, and the sentence that `vitrail train -h` shows."""
     return field(default=default, metadata={"help": help})
+
+
+# What numbers may be: settings, what fits, and the words for it. A NaN fits nowhere.
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("image_size patch_size hidden_size mlp_dim num_heads num_layers epochs batch_size accumulate repeats",
+     lambda value: value >= 1, "be at least 1"),
+    ("lr muon_lr weight_decay warmup rotate crop mixup cutmix", lambda value: value >= 0, "not be negative"),
+    ("seed", lambda value: 0 <= value < 2**63, "not be negative, and be below 2^63"),
+    ("resized_crop jitter erase first_share", lambda value: 0 <= value <= 1, "be from 0 to 1"),
+    ("dropout stochastic_depth patch_dropout holdout label_smoothing average",
+     lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    ("layer_decay decay_share", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
+    ("clip", lambda value: value is None or value > 0, "be above 0, or left out"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Recipe:
     classifier: Literal["token", "gap"] = setting("token", "the head reads the class token, or the mean of all patches")
     representation_size: int | None = setting(None, "width of a tanh layer before the head (none: a linear head)")
     dropout: float = setting(0.0, "share of activations dropped")
-    # What later papers add: 2104.02057 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),
+    # What later papers add: 2205.01580 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),
     # 2302.05442 (qk_norm), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220 (patch_dropout)
     positions: Literal["learnt", "sincos", "rotary"] = setting(
         "learnt", "learnt embeddings, fixed sines and cosines, or queries and keys rotated by row and column"
@@ -127,6 +142,15 @@ class Recipe:
         flip = vars(self)["flip"]
         if isinstance(flip, bool):  # what the first run folders have
             object.__setattr__(self, "flip", "random" if flip else "none")
+        self._check_types()
+        for names, fits, must in RANGES:
+            for name in names.split():
+                if not fits(getattr(self, name)):
+                    raise BadInput(f"{name} is {getattr(self, name)}; it must {must}.")
+        self._check_sizes()
+        self._check_batch()
+
+    def _check_types(self) -> None:
         for name, kind in get_type_hints(Recipe).items():
             value, choices = getattr(self, name), get_args(kind)
             if get_origin(kind) is Literal and value not in choices:
@@ -137,34 +161,18 @@ class Recipe:
                 raise BadInput(
                     f"{name} is {value!r}; it must be of type {' or '.join(part.__name__ for part in types)}."
                 )
-        for name in ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs",
-                     "batch_size", "accumulate", "repeats"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lr", "muon_lr", "weight_decay", "warmup", "rotate", "crop", "mixup", "cutmix", "seed"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative.")
-        if self.seed >= 2**63:
-            raise BadInput(f"seed is {self.seed}; it must be below 2^63.")
-        for name in ("resized_crop", "jitter", "erase", "first_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
-        for name in ("dropout", "stochastic_depth", "patch_dropout", "holdout", "label_smoothing", "average"):
-            if not 0 <= getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        for name in ("layer_decay", "decay_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1.")
+
+    def _check_sizes(self) -> None:
         smaller = range(self.patch_size, self.image_size, self.patch_size)
         if self.first_size is not None and self.first_size not in smaller:
             raise BadInput(
                 f"first_size is {self.first_size}; with patches of {self.patch_size} and images of {self.image_size} "
                 f"pixels it may be {', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
             )
-        if self.clip is not None and not self.clip > 0:
-            raise BadInput(f"clip is {self.clip}; it must be above 0, or left out.")
         if self.crop >= self.image_size:
             raise BadInput(f"crop is {self.crop}, as large as the image ({self.image_size} pixels); take less.")
+
+    def _check_batch(self) -> None:
         if self.batch_size % self.accumulate:
             parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise BadInput(

@@ -21,6 +21,9 @@ class Progress:
     loss: float = 0.0  # sum over this epoch's steps
     correct: int = 0  # images of this epoch
     counted: int = 0  # steps of this epoch
+    parts: int = 1  # that each batch is worked through in since memory ran out
+    peak_memory: int = 0  # bytes, the most of any stretch
+    wall_seconds: float = 0.0  # of all stretches up to their last checkpoint: images, evaluation and saving included
 
     def as_dict(self) -> dict[str, Any]:
         """As it is kept in the checkpoint."""

@@ -73,6 +73,11 @@ class Entry:
         """Whether its figures are those of its last weights."""
         return self.log or self.record.results is not None
 
+    @property
+    def commits(self) -> set[str | None]:
+        """Of the program that trained it; None is one that is not known."""
+        return {launch.get("commit") for launch in self.record.launches}
+
     @cached_property
     def figures(self) -> dict[str, Any]:
         """Of the last weights; of the last epoch, where there are no others."""
@@ -165,8 +170,10 @@ def load(paths: Sequence[Path]) -> list[Row]:
     Raises:
         BadInput: one of them is no run folder and no log, is damaged, or has neither an epoch nor results.
     """
-    once = {path.resolve(): path for path in reversed(paths)}
-    entries = [read_log(path) if path.is_file() else read_run(path) for path in reversed(once.values())]
+    once: dict[Path, Path] = {}
+    for path in paths:
+        once.setdefault(path.resolve(), path)
+    entries = [read_log(path) if path.is_file() else read_run(path) for path in once.values()]
     groups: dict[str, list[Entry]] = {}
     seeds: list[tuple[str, int]] = []
     for entry in entries:
@@ -238,7 +245,7 @@ def _names(groups: Sequence[Sequence[Entry]]) -> list[str]:
     for group in groups:
         parts = zip(*(re.split(r"([-_. ])", entry.called) for entry in group), strict=False)
         begin = "".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
-        begin = begin.rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or group[0].record.name
+        begin = re.sub(r"(^|[-_. ])(seed)?[-_. ]*$", "", begin) or group[0].record.name
         names.append(begin if len(group) > 1 else group[0].called)
     return [
         name if names.count(name) == 1 else str(group[0].where) for name, group in zip(names, groups, strict=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from html import escape
@@ -186,6 +187,7 @@ def write_page(page: Path, session: Session) -> None:
     Raises:
         BadInput: the page, or the record behind it, is not as it was written.
     """
+    session = replace(session, environment=session.environment | {"command": public(session.environment["command"])})
     name, kept = slug(session.environment), record(page, session.environment)
     before, after = read_page(page, name)
     sessions = merged(read_record(kept), session)
@@ -212,14 +214,25 @@ def add_record(page: Path, path: Path) -> int:
     return sum(len(session.rows) for session in sessions)
 
 
+def public(command: str) -> str:
+    """A command as everybody may read it: of files elsewhere on the machine, the names alone."""
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in shlex.split(command))
+
+
 def block(sessions: Sequence[Session], picture: str | None) -> list[str]:
-    """The Markdown lines of a machine: heading, plot, table, and what it was measured with."""
+    """The Markdown lines of a machine: heading, plot, table, and what it was measured with.
+
+    What a square product does is the machine's, not the session's: the highest that any of them measured counts.
+    """
+    rates = {precision: max(each.matrix_rate.get(precision, 0.0) for each in sessions)
+             for precision in {precision for each in sessions for precision in each.matrix_rate}}  # fmt: skip
     lines = [f"## {hardware(sessions[-1].environment)}", ""]
     if picture:
         lines += [f"![Images/s of each contender, and the floor]({picture})", ""]
     lines += [f"| {' | '.join(column.removeprefix('>') for column in COLUMNS)} | run |"]
     lines += [f"|{'|'.join(' ---: ' if column.startswith('>') else ' --- ' for column in COLUMNS)}| ---: |"]
-    cells = [(key, number, row) for number, each in enumerate(sessions, 1) for key, row in _keyed(each)]
+    alike = [replace(each, matrix_rate=rates) for each in sessions]
+    cells = [(key, number, row) for number, each in enumerate(alike, 1) for key, row in _keyed(each)]
     lines += [f"| {' | '.join(row)} | {number} |" for _, number, row in sorted(cells, key=lambda cell: cell[0])]
     said = notes(row for each in sessions for row in each.rows)
     lines += ["", *(f"- {note}" for note in said), *([""] if said else [])]

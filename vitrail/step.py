@@ -46,7 +46,8 @@ def train_step(
 
 def gradient(model: VisionTransformer, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
     """Leave the gradient of the mean loss over the step's batch in the weights; it does not depend on how many parts
-    the batch is divided into, but for rounding, and for the noise of dropout, which is drawn for each part.
+    the batch is divided into, but for rounding, and for what dropout, stochastic depth and patch dropout draw anew for
+    each part.
 
     Returns the loss and the number of images recognised; a mixed image is, where its own class, not its partner's, is.
     """

@@ -68,22 +68,15 @@ def train(
         Stopped: SIGINT or SIGTERM came; the state was saved before.
         OSError: the run folder cannot be written.
     """
+    began = time.perf_counter()
     if stop_after is not None and stop_after < 1:
         raise BadInput(f"stop-after is {stop_after}; it must be at least 1 epoch.")
     run, resolved = take_up(recipe, output, settings) if resume else (None, resolve(recipe or "digits", **settings))
     chosen = resolved.recipe
     device = pick_device(settings.get("device", chosen.device))
+    model_config(chosen, num_classes=1)  # what is wrong with it is said before images are fetched and decoded
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
-    torch.manual_seed(chosen.seed)
-    model = VisionTransformer(model_config(chosen, len(dataset.classes)))
-    if chosen.initial_weights == "torch":
-        initialise_as_torch(model)
-    if chosen.zero_residual:
-        zero_residuals(model)
-    model.to(device)
-    model.checkpoint_activations = chosen.checkpoint_activations
-    if chosen.compile:
-        model.compile(dynamic=False)  # in place: the names of the weights stay
+    model = build_model(chosen, len(dataset.classes), device)
     optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.average)
     progress = Progress(images=dataset.digest())
     launch = describe(device)
@@ -97,10 +90,24 @@ def train(
     run.note_launch({"step": progress.step, **launch})
     if device.type == "cpu":
         keep_freed_memory()
-    session = Session(run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every)
+    session = Session(run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began)
     session.announce()
     with deterministic(device), stop_signals() as stopped:
         return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
+
+
+def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> VisionTransformer:
+    """The model that a recipe trains, as it begins, on its device."""
+    torch.manual_seed(recipe.seed)
+    model = VisionTransformer(model_config(recipe, num_classes))
+    if recipe.initial_weights == "torch":
+        initialise_as_torch(model)
+    if recipe.zero_residual:
+        zero_residuals(model)
+    model.checkpoint_activations = recipe.checkpoint_activations
+    if recipe.compile:
+        model.compile(dynamic=False)  # in place: the names of the weights stay
+    return model.to(device)
 
 
 def model_config(recipe: Recipe, num_classes: int) -> ViTConfig:
@@ -122,6 +129,9 @@ class Session:
     progress: Progress
     device: torch.device
     checkpoint_every: float
+    counted_until: (
+        float  # the time, by `time.perf_counter`, up to which `progress.wall_seconds` counts; at first, the start
+    )
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
     images_per_second: float = 0.0
 
@@ -131,6 +141,7 @@ class Session:
         pixels = Pixels(train, self.recipe.image_size, self.device)
         same_bytes = pixels if judged.pixels is train.pixels else None
         self.batches = TrainingBatches(pixels, self.recipe)
+        self.batches.divided_by = max(self.recipe.accumulate, self.progress.parts)
         self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.saved = self.read = time.perf_counter()
@@ -182,6 +193,9 @@ class Session:
         began = self.read = time.perf_counter()
         for step in range(progress.step, end):
             if stopped:
+                if self.pending:  # the signal came after they were looked for
+                    self.read_outcomes()
+                    progress.train_seconds += time.perf_counter() - began
                 self.save()
                 self.stop(stopped[0])
             self.pending.append(train_step(self.model, self.optimizer, batches, step))
@@ -271,11 +285,20 @@ class Session:
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
                 self.diverged(f"{name} is no longer finite after step {self.progress.step}")
+        self.count()
         with self.average.in_place():
             self.run.save_model(self.model, self.dataset.classes)
         self.run.save_state(self.model, self.optimizer, self.average.weights, self.progress.as_dict())
         write_report(self.run.path, self.dataset)  # what there is to see so far
         self.saved = time.perf_counter()
+
+    def count(self) -> None:
+        """Take down what belongs to the stretch, not to its steps: time, memory, and how memory divides batches."""
+        progress, now = self.progress, time.perf_counter()
+        progress.parts = self.batches.divided_by
+        progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
+        progress.wall_seconds += now - self.counted_until
+        self.counted_until = now
 
     def diverged(self, what: str) -> NoReturn:
         """End the run, its last good checkpoint kept."""
@@ -295,6 +318,7 @@ class Session:
 
     def finish(self, predictions: Predictions) -> Result:
         """Write the figures of the last weights, the predictions behind them, and the report."""
+        self.count()
         progress, recipe = self.progress, self.recipe
         found = figures(predictions, self.dataset.classes).as_dict()
         results = {
@@ -307,9 +331,10 @@ class Session:
             "epochs_planned": recipe.epochs,
             "samples_seen": self.samples_seen,
             "train_seconds": round(progress.train_seconds, 2),
+            "wall_seconds": round(progress.wall_seconds, 2),
             "images_per_second": round(self.samples_seen / progress.train_seconds, 1),
             "input_share": round(progress.input_seconds / progress.train_seconds, 4),
-            "peak_memory": peak_memory(self.device),
+            "peak_memory": progress.peak_memory,
             "device": self.device.type,
             "precision": recipe.precision,
             "seed": recipe.seed,
