@@ -28,7 +28,8 @@ from vitrail.errors import BadInput, Diverged
 from vitrail.evaluate import evaluate_run, predict_files
 from vitrail.model import VisionTransformer
 from vitrail.recipes import RECIPES, resolve
-from vitrail.training import Result, model_config
+from vitrail.session import Result
+from vitrail.training import model_config
 
 # A small model, with all that draws random numbers: order, augmentation, and dropout of each kind
 TINY: dict[str, Any] = {

@@ -1,45 +1,25 @@
-"""Training: `fit` is the loop around the steps, `train` a whole run, from a recipe to its page."""
+"""A whole training run, from a recipe to its page."""
 
-import json
-import math
-import shlex
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vitrail import cache
 from vitrail.additions import initialise_as_torch, zero_residuals
-from vitrail.batches import Pixels, TrainingBatches
-from vitrail.cache import Dataset
-from vitrail.checkpoint import Run, read_about, write_tensors, write_text
+from vitrail.checkpoint import Run
 from vitrail.config import ViTConfig
 from vitrail.environment import describe
-from vitrail.errors import BadInput, Diverged, Stopped
-from vitrail.evaluate import Predictions, figures, pick_device, predict_split
+from vitrail.errors import BadInput
+from vitrail.evaluate import pick_device
 from vitrail.model import VisionTransformer
-from vitrail.optimize import RunningAverage, build_optimizer, learning_rate
-from vitrail.process import deterministic, keep_freed_memory, peak_memory, stop_signals
-from vitrail.progress import TrainingDisplay, say
-from vitrail.recipes import Recipe, Resolved, resolve
-from vitrail.report import write_report
+from vitrail.optimize import RunningAverage, build_optimizer
+from vitrail.process import deterministic, keep_freed_memory, stop_signals
+from vitrail.recipes import Recipe, resolve
 from vitrail.resume import Progress, check_images, compare_launches, take_up
-from vitrail.step import train_step
-
-READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its folder, and what `results.json` there says."""
-
-    run: Path
-    results: dict[str, Any]
+from vitrail.session import Result, Session
 
 
 def train(
@@ -114,234 +94,3 @@ def model_config(recipe: Recipe, num_classes: int) -> ViTConfig:
     """The shape of the model that a recipe trains."""
     shared = {setting.name for setting in fields(ViTConfig)} & vars(recipe).keys()
     return ViTConfig(num_classes=num_classes, **{name: getattr(recipe, name) for name in shared})
-
-
-@dataclass
-class Session:
-    """One stretch of a run, from its start or a checkpoint up to its end or the next interruption."""
-
-    run: Run
-    resolved: Resolved
-    dataset: Dataset
-    model: VisionTransformer
-    optimizer: torch.optim.Optimizer
-    average: RunningAverage
-    progress: Progress
-    device: torch.device
-    checkpoint_every: float
-    counted_until: (
-        float  # the time, by `time.perf_counter`, up to which `progress.wall_seconds` counts; at first, the start
-    )
-    pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
-    images_per_second: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.recipe = self.resolved.recipe
-        train, judged = self.dataset.splits["train"], self.dataset.splits[self.dataset.evaluation]
-        pixels = Pixels(train, self.recipe.image_size, self.device)
-        same_bytes = pixels if judged.pixels is train.pixels else None
-        self.batches = TrainingBatches(pixels, self.recipe)
-        self.batches.divided_by = max(self.recipe.accumulate, self.progress.parts)
-        self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
-        self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.saved = self.read = time.perf_counter()
-
-    @property
-    def samples_seen(self) -> int:
-        """Images that the steps done have taken, each as often as it came."""
-        return self.progress.step * self.recipe.batch_size
-
-    def announce(self) -> None:
-        """Say what is trained on what, and where it goes."""
-        images, batch = len(self.batches.pixels), self.recipe.batch_size
-        if self.progress.step:
-            say(f"going on with {self.run.path} at step {self.progress.step:,} of {self.batches.steps:,}")
-        say(
-            f"{self.resolved.name} ({self.parameters:,} parameters) on {self.dataset.name}: {images:,} training and "
-            f"{len(self.judged):,} {self.dataset.evaluation} images of {len(self.dataset.classes)} classes, "
-            f"{self.device.type}, {self.recipe.precision} → {self.run.path}"
-        )
-        if batch > images:
-            say(
-                f"a batch of {batch} is more than the {images} images there are: {self.recipe.epochs} epochs are "
-                f"{self.batches.steps} steps, and a smaller --batch-size would learn more"
-            )
-
-    def fit(self, last_epoch: int, stopped: list[int]) -> Result:
-        """Train up to the end of `last_epoch` (counted from 1), evaluating after each epoch and saving on the way.
-        `stopped` gets the number of a signal when one comes."""
-        progress, batches = self.progress, self.batches
-        # A checkpoint between an epoch's last step and its evaluation still counts steps of that epoch.
-        at = progress.step - (progress.counted > 0)
-        epochs_done = next((e for e in range(last_epoch) if batches.first_step(e + 1) > at), last_epoch)
-        predictions: Predictions | None = None
-        self.run.go_back(at)
-        if progress.step == 0:
-            self.save()  # so that there is something to resume from, however early the end comes
-        with SummaryWriter(str(self.run.path), purge_step=at + 1) as events, TrainingDisplay() as display:
-            for epoch in range(epochs_done, last_epoch):
-                self.train_epoch(epoch, display, stopped)
-                if progress.counted:  # where a batch holds more images than there are, some epochs have no step
-                    predictions = self.end_epoch(epoch, display, events)
-        self.save()
-        return self.finish(predictions if predictions is not None else self.evaluate())
-
-    def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
-        """The steps of an epoch (from 0) that are still to be done."""
-        progress, batches, recipe = self.progress, self.batches, self.recipe
-        end = batches.first_step(epoch + 1)
-        began = self.read = time.perf_counter()
-        for step in range(progress.step, end):
-            if stopped:
-                if self.pending:  # the signal came after they were looked for
-                    self.read_outcomes()
-                    progress.train_seconds += time.perf_counter() - began
-                self.save()
-                self.stop(stopped[0])
-            self.pending.append(train_step(self.model, self.optimizer, batches, step))
-            self.average.update(step)
-            progress.step = step + 1
-            now = time.perf_counter()
-            to_save = now - self.saved >= self.checkpoint_every
-            if to_save or progress.step == end or now - self.read >= READ_EVERY or stopped:
-                loss, accuracy = self.read_outcomes()  # which waits for the device, and so belongs to the time
-                progress.train_seconds += time.perf_counter() - began
-                epochs = progress.step / batches.steps * recipe.epochs
-                display.update(
-                    progress.step, batches.steps, epochs, recipe.epochs, loss, accuracy, self.images_per_second
-                )
-                if to_save:
-                    self.save()
-                began = self.read = time.perf_counter()
-
-    def read_outcomes(self) -> tuple[float, float]:
-        """Read what the last steps gave: mean loss and accuracy of them, which are also added to the epoch's.
-
-        Raises:
-            Diverged: one of the losses is not finite.
-        """
-        outcomes = torch.stack(self.pending).tolist()
-        self.pending.clear()
-        self.progress.input_seconds += self.batches.watch.read()
-        first = self.progress.step - len(outcomes)
-        for step, (loss, _) in enumerate(outcomes, start=first + 1):
-            if not math.isfinite(loss):
-                self.diverged(f"the training loss is {loss} at step {step}")
-        now = time.perf_counter()
-        pace = len(outcomes) * self.recipe.batch_size / (now - self.read)
-        self.images_per_second = 0.8 * self.images_per_second + 0.2 * pace if self.images_per_second else pace
-        losses, correct = sum(loss for loss, _ in outcomes), sum(round(right) for _, right in outcomes)
-        self.progress.loss += losses
-        self.progress.correct += correct
-        self.progress.counted += len(outcomes)
-        return losses / len(outcomes), correct / (len(outcomes) * self.recipe.batch_size)
-
-    def end_epoch(self, epoch: int, display: TrainingDisplay, events: SummaryWriter) -> Predictions:
-        """Evaluate, leave a line of figures behind, and start the next epoch's count."""
-        progress, recipe = self.progress, self.recipe
-        predictions = self.evaluate()
-        found = figures(predictions, self.dataset.classes)
-        if not math.isfinite(found.loss):
-            self.diverged(f"the {self.dataset.evaluation} loss is {found.loss} after step {progress.step}")
-        metrics = {
-            "epoch": epoch + 1,
-            "step": progress.step,
-            "samples_seen": self.samples_seen,
-            "lr": learning_rate(recipe, progress.step - 1, self.batches.steps),
-            "train_loss": progress.loss / progress.counted,
-            "train_accuracy": progress.correct / (progress.counted * recipe.batch_size),
-            "val_loss": found.loss,
-            "val_top1": found.top1,
-            "val_top5": found.top5,
-            "train_seconds": progress.train_seconds,
-            "images_per_second": self.samples_seen / progress.train_seconds,
-            "input_share": progress.input_seconds / progress.train_seconds,
-        }
-        self.run.add_metrics(metrics)
-        for name, value in metrics.items():
-            events.add_scalar(name, value, progress.step)
-        events.flush()
-        display.line(
-            f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
-            f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s, "
-            f"input {metrics['input_share']:.1%}"
-        )
-        progress.loss, progress.correct, progress.counted = 0.0, 0, 0
-        return predictions
-
-    def evaluate(self) -> Predictions:
-        """Predictions for the evaluated split by the weights as they are, or by their running average."""
-        with self.average.in_place():
-            predictions = predict_split(self.model, self.judged, precision=self.recipe.precision)
-        self.model.train()
-        return predictions
-
-    def save(self) -> None:
-        """Make a checkpoint and write the weights to ship, if the weights are finite.
-
-        Raises:
-            Diverged: they are not.
-        """
-        for name, weight in self.model.named_parameters():
-            if not weight.isfinite().all():
-                self.diverged(f"{name} is no longer finite after step {self.progress.step}")
-        self.count()
-        with self.average.in_place():
-            self.run.save_model(self.model, self.dataset.classes)
-        self.run.save_state(self.model, self.optimizer, self.average.weights, self.progress.as_dict())
-        write_report(self.run.path, self.dataset)  # what there is to see so far
-        self.saved = time.perf_counter()
-
-    def count(self) -> None:
-        """Take down what belongs to the stretch, not to its steps: time, memory, and how memory divides batches."""
-        progress, now = self.progress, time.perf_counter()
-        progress.parts = self.batches.divided_by
-        progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
-        progress.wall_seconds += now - self.counted_until
-        self.counted_until = now
-
-    def diverged(self, what: str) -> NoReturn:
-        """End the run, its last good checkpoint kept."""
-        kept = read_about(self.run.path / "last" / "state.safetensors")["step"]
-        raise Diverged(
-            f"training diverged: {what}. The checkpoint of step {kept} is kept in {self.run.path}. "
-            f"Try a lower --lr (it was {self.recipe.lr:g}), a longer --warmup, or --clip 1."
-        )
-
-    def stop(self, number: int) -> NoReturn:
-        """End this stretch because a signal came; the state was saved just before."""
-        raise Stopped(
-            f"stopped at step {self.progress.step} of {self.batches.steps}; go on with: "
-            f"vitrail train --resume --output {shlex.quote(str(self.run.path))}",
-            128 + number,
-        )
-
-    def finish(self, predictions: Predictions) -> Result:
-        """Write the figures of the last weights, the predictions behind them, and the report."""
-        self.count()
-        progress, recipe = self.progress, self.recipe
-        found = figures(predictions, self.dataset.classes).as_dict()
-        results = {
-            "recipe": self.resolved.name,
-            "dataset": self.dataset.name,
-            "split": self.dataset.evaluation,
-            **found,
-            "parameters": self.parameters,
-            "epochs": max(e for e in range(recipe.epochs + 1) if self.batches.first_step(e) <= progress.step),
-            "epochs_planned": recipe.epochs,
-            "samples_seen": self.samples_seen,
-            "train_seconds": round(progress.train_seconds, 2),
-            "wall_seconds": round(progress.wall_seconds, 2),
-            "images_per_second": round(self.samples_seen / progress.train_seconds, 1),
-            "input_share": round(progress.input_seconds / progress.train_seconds, 4),
-            "peak_memory": progress.peak_memory,
-            "device": self.device.type,
-            "precision": recipe.precision,
-            "seed": recipe.seed,
-        }
-        results["per_class"] = results.pop("per_class")  # last, for it is long
-        arrays = {name: torch.from_numpy(array) for name, array in predictions.arrays().items()}
-        write_tensors(self.run.path / "predictions.safetensors", arrays)
-        write_text(self.run.path / "results.json", json.dumps(results, indent=2) + "\n")
-        write_report(self.run.path, self.dataset)
-        return Result(self.run.path, results)

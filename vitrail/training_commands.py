@@ -1,0 +1,173 @@
+"""The commands around one run: train, evaluate, predict, report."""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, real, shown
+from vitrail.errors import BadInput
+from vitrail.recipes import RECIPES, Recipe, resolve
+from vitrail.tables import as_json, table
+
+HEADINGS = {"data": "images", "patch_size": "model", "epochs": "optimisation", "seed": "where and how"}
+WORST = 20  # classes that evaluate shows
+
+
+def take_train(parser: Parser, argv: Sequence[str]) -> None:
+    """One flag for each field of Recipe; the help shows the values of the recipe that is named."""
+    parser.usage = "vitrail train [RECIPE] [--output RUN] [--resume] [SETTING ...]"
+    parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (digits)")
+    parser.add_argument("--output", type=Path, metavar="RUN", help="the run folder, never overwritten (runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on with RUN (the latest) where it was left")
+    parser.add_argument("--stop-after", type=at_least_one, metavar="EPOCHS", help="stop there; --resume goes on")
+    parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="how often the state is saved (60)")
+    kinds = get_type_hints(Recipe)
+    actions, groups = {}, []
+    for setting in dataclasses.fields(Recipe):
+        if setting.name in HEADINGS:
+            groups.append(parser.add_argument_group(HEADINGS[setting.name]))
+        actions[setting.name] = add_setting(groups[-1], setting, kinds[setting.name])
+    # Only now is it known which words stand behind flags, `--data digits` for one, and which is the recipe.
+    word = parser.first_name(argv)
+    named = word if word in RECIPES else "digits"
+    for group in groups:
+        group.title = f"{group.title} (in brackets: what {named} has)"
+    for name, action in actions.items():
+        action.help = f"{action.help} ({shown(getattr(RECIPES[named], name))})"
+
+
+def do_train(args: argparse.Namespace) -> str:
+    """Train, and say how well it went and where to look."""
+    given = dict(vars(args))
+    name = given.pop("recipe", None)
+    if "resume" not in given:
+        settings = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
+        resolve(name or "digits", **settings)  # what is wrong with them is said at once, before torch is imported
+    from vitrail.progress import duration
+    from vitrail.training import train
+
+    result = train(name, **given)
+    figures, run = result.results, shlex.quote(str(result.run))
+    done, planned = figures["epochs"], figures["epochs_planned"]
+    epochs = f"{done} of {planned} epochs" if done < planned else f"{planned} epoch{'s' * (planned > 1)}"
+    lines = [
+        headline(figures),
+        f"{epochs} in {duration(figures['train_seconds'])} of training, "
+        f"{figures['images_per_second']:,.0f} images/s ({figures['device']}, {figures['precision']}), "
+        f"{figures['input_share']:.1%} of it for input; at most {figures['peak_memory'] / 1e9:.1f} GB of memory",
+        "",
+        f"look at  {result.run / 'report.html'}",
+        f"then     vitrail evaluate {run}",
+        f"         vitrail predict {run} IMAGE",
+    ]
+    if done < planned:
+        lines.append(f"         vitrail train --resume --output {run}")
+    return "\n".join(lines)
+
+
+def take_evaluate(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and what it is measured on."""
+    add_run(parser)
+    add_data(parser)
+    add_json(parser)
+
+
+def do_evaluate(args: argparse.Namespace) -> str:
+    """Measure a run's weights: the figures in all, and the classes they do worst on."""
+    from vitrail.evaluate import evaluate_run
+
+    if args.data is None:
+        check_own_data(args.run)
+    figures = evaluate_run(args.run, args.data)
+    if args.json:
+        return as_json(figures)
+    seen = [row for row in figures["per_class"] if row["count"]]
+    worst = sorted(seen, key=lambda row: row["top1"])[:WORST]
+    title = "classes, worst first" if len(worst) == len(seen) else f"the {WORST} worst of {len(seen)} classes"
+    rows = [(row["name"], f"{row['count']:,}", f"{row['top1']:.3f}") for row in worst]
+    return f"{headline(figures)}\n\n{table((title, '>images', '>top-1'), rows)}"
+
+
+def take_predict(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and the images that it is to name."""
+    add_run(parser)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a file that Pillow reads")
+    parser.add_argument("--top", type=at_least_one, metavar="K", default=5, help="classes for each image (5)")
+    add_json(parser)
+
+
+def do_predict(args: argparse.Namespace) -> str:
+    """Name what is in images."""
+    from vitrail.evaluate import predict_files
+
+    answers = predict_files(args.run, args.images, args.top)
+    if args.json:
+        return as_json(answers)
+    rows = [
+        ("" if place else answer["image"], guess["class"], f"{guess['probability']:.3f}")
+        for answer in answers
+        for place, guess in enumerate(answer["predictions"])
+    ]
+    return table(("image", "class", ">probability"), rows)
+
+
+def take_report(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, and where its images are."""
+    add_run(parser)
+    add_data(parser)
+
+
+def do_report(args: argparse.Namespace) -> str:
+    """Write a run's page anew. Without the images, it is a page without pictures."""
+    from vitrail import cache
+    from vitrail.checkpoint import Run
+    from vitrail.progress import say
+    from vitrail.report import write_report
+
+    run = Run.open(args.run)
+    recipe = run.recipe().recipe if run.trained else None
+    size, holdout = (recipe.image_size, recipe.holdout) if recipe else (run.config()[0].image_size, 0.0)
+    try:
+        if args.data is None:
+            check_own_data(args.run)
+        dataset = cache.load(args.data or (recipe.data if recipe else ""), size, holdout=holdout)
+    except BadInput as error:
+        if args.data:
+            raise
+        say(f"vitrail: the page will be without pictures: {error}")
+        dataset = None
+    return str(write_report(args.run, dataset))
+
+
+def check_own_data(path: Path) -> None:
+    """See to it that what a run was trained on is there.
+
+    Raises:
+        BadInput: it is not, or there is no such run.
+    """
+    from vitrail.checkpoint import Run
+    from vitrail.images import BUILT_IN
+
+    run = Run.open(path)
+    if not run.trained:
+        raise BadInput(f"{path} was not trained here, and has no images of its own. Say with --data D which to take.")
+    data = run.recipe().recipe.data
+    there = Path(data).expanduser()
+    if data in BUILT_IN or there.exists():
+        return
+    why = "which is no longer there"
+    if not there.is_absolute():
+        why = "a path from the folder in which that was started; there is no such thing in this one"
+    raise BadInput(f"{path} was trained on {data}, {why}. Say with --data D where the images are now.")
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """The figures of a split in one line."""
+    return (
+        f"top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f}, loss {figures['loss']:.3f}, calibration error "
+        f"{figures['calibration_error']:.3f} on {figures['count']:,} images ({figures['dataset']}, {figures['split']})"
+    )
