@@ -25,6 +25,7 @@ from vitrail.arguments import Parser
 from vitrail.cli import main
 from vitrail.commands import COMMANDS
 from vitrail.errors import BadInput, Diverged, Stopped
+from vitrail.evaluate import predict_files
 from vitrail.recipes import RECIPES, Recipe, resolve
 
 HELPS = [["-h"], *([command, "-h"] for command in COMMANDS)]
@@ -399,6 +400,17 @@ def test_predict(place: Path) -> None:
         first, second = ([guess["class"], f"{guess['probability']:.3f}"] for guess in answer["predictions"][:2])
         expected += [[answer["image"], *first], second]
     assert rows == expected
+
+
+def test_predict_names_all_files_that_are_no_images(place: Path, tmp_path: Path) -> None:
+    (bad := tmp_path / "bad.png").write_bytes(b"no image")
+    good = place / "photos" / "red" / "0.png"
+    with pytest.raises(BadInput) as caught:
+        predict_files(place / "runs" / "digits", [bad, good, tmp_path / "gone.png"])
+    message = str(caught.value)
+    assert message.startswith(f"{bad}: ")
+    assert f"; {tmp_path / 'gone.png'}: " in message
+    assert message.endswith(". 1 of the 3 files can be read: leave the others out.")
 
 
 def test_report(place: Path) -> None:

@@ -221,14 +221,18 @@ def test_a_signal_saves_and_ends_in_the_middle_of_an_epoch(
     assert (train_again.run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
-def test_stopping_after_an_epoch_and_going_on_is_one_run(whole: Path, tmp_path: Path) -> None:
+def test_stopping_after_an_epoch_and_going_on_is_one_run(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = train(tmp_path / "run", stop_after=1)
     assert (first.results["epochs"], first.results["epochs_planned"]) == (1, 3)
     assert (first.run / "report.html").is_file()
     second = vitrail.train(output=first.run, resume=True)
     assert second.run == first.run
     assert (second.run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    third = vitrail.train(output=first.run, resume=True)  # nothing is left to do
+    assert "nothing is trained" not in capsys.readouterr().err
+    third = vitrail.train(output=first.run, resume=True)
+    assert "its 3 epochs are done: nothing is trained, its figures and page are written anew" in capsys.readouterr().err
     assert third.results["top1"] == second.results["top1"]
     assert len((second.run / "metrics.jsonl").read_text().splitlines()) == 3
     # Each start writes a file of its own, named by the second of its start and a counter, which is no order
@@ -430,7 +434,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
         ({"num_heads": 3}, "take 1, 2, 4, 8, 16 heads"),
         ({"accumulate": 3}, "accumulate may be 1, 2, 4"),
         ({"batch_sise": 3}, "no setting 'batch_sise'; did you mean 'batch_size'"),
-        ({"stop_after": 0}, "at least 1 epoch"),
+        ({"stop_after": 0}, "stop-after is 0; it must be from 1 to 3"),
+        ({"stop_after": 4}, "stop-after is 4; it must be from 1 to 3"),
+        ({"rotate": 400.0}, "rotate is 400.0; it must be from 0 to 180 degrees"),
+        ({"first_share": 0.3}, "first_share does nothing unless first_size is set"),
+        ({"muon_lr": 0.01}, "muon_lr does nothing unless optimizer is muon"),
+        ({"schedule": "constant", "decay_share": 0.3}, "decay_share does nothing unless schedule is linear or cosine"),
         ({"data": "digit"}, "did you mean 'digits'"),
         pytest.param({"device": "cuda"}, "there is no cuda device here",
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")),

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vitrail.errors import BadInput
+from vitrail.recipes import Classifier, Positions, Stem
 from vitrail.resnet import stride
 
 MOST = 1 << 17
 MOST_LAYERS = 1000
 
-Classifier = Literal["token", "gap"]
 Gelu = Literal["tanh", "exact"]
-Positions = Literal["learnt", "sincos", "rotary"]
-Stem = Literal["patch", "convolutions"]
 Colours = tuple[float, float, float]  # red, green, blue
 
 # What later papers add to what the model computes; no other library's format says all of it.

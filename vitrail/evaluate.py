@@ -189,29 +189,35 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
     return {"recipe": resolved.name, "dataset": name, "split": split, **found}
 
 
-def read_pixels(file: Path, image_size: int) -> NDArray[np.uint8]:
-    """An image file as the model is to see it, uint8 (height, width, 3).
+def read_files(files: Sequence[Path], image_size: int) -> Images:
+    """Image files as the model is to see them.
 
     Raises:
-        BadInput: it cannot be read as an image.
+        BadInput: some cannot be read as images; all of them are named.
     """
-    try:
-        return to_pixels(open_image(file), image_size)
-    except Unreadable as error:
-        raise BadInput(f"{error}.") from None
+    read, problems = [], []
+    for file in files:
+        try:
+            read.append(to_pixels(open_image(file), image_size))
+        except Unreadable as error:
+            problems.append(str(error))
+    if problems:
+        mend = f" {len(read)} of the {len(files)} files can be read: leave the others out." if read else ""
+        raise BadInput(f"{'; '.join(problems)}.{mend}")
+    return Images.pack(read, list(map(str, files)))
 
 
 def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[str, Any]]:
     """The most probable classes of each image file, by the weights of a run.
 
     Raises:
-        BadInput: the run cannot be used, or a file cannot be read as an image.
+        BadInput: the run cannot be used, or some files cannot be read as images.
     """
     run = Run.open(path)
     model, classes = run.load_model()
     mean, std = run.preprocessing()
     size = model.config.image_size
-    images = Images.pack([read_pixels(file, size) for file in files], list(map(str, files)))
+    images = read_files(files, size)
     pixels = Pixels(images, size, pick_device("auto"))
     predictions = predict_split(model.to(pixels.device), pixels, top=top, mean=mean, std=std)
     return [

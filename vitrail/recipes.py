@@ -23,7 +23,8 @@ def setting(default: Any, help: str) -> Any:
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("image_size patch_size hidden_size mlp_dim num_heads num_layers epochs batch_size accumulate repeats",
      lambda value: value >= 1, "be at least 1"),
-    ("lr muon_lr weight_decay warmup rotate crop mixup cutmix", lambda value: value >= 0, "not be negative"),
+    ("lr muon_lr weight_decay warmup crop mixup cutmix", lambda value: value >= 0, "not be negative"),
+    ("rotate", lambda value: 0 <= value <= 180, "be from 0 to 180 degrees"),
     ("seed", lambda value: 0 <= value < 2**63, "not be negative, and be below 2^63"),
     ("resized_crop jitter erase first_share", lambda value: 0 <= value <= 1, "be from 0 to 1"),
     ("dropout stochastic_depth patch_dropout holdout label_smoothing average",
@@ -31,6 +32,18 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("layer_decay decay_share", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
     ("clip", lambda value: value is None or value > 0, "be above 0, or left out"),
 )  # fmt: skip
+
+# Settings that do nothing unless another is set, and how that is to be.
+NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
+    ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
+    ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
+    ("decay_share", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
+)
+
+# Of the model's shape; `ViTConfig` has them too.
+Classifier = Literal["token", "gap"]
+Positions = Literal["learnt", "sincos", "rotary"]
+Stem = Literal["patch", "convolutions"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +89,15 @@ class Recipe:
     mlp_dim: int = setting(1536, "width of the MLP's hidden layer")
     num_heads: int = setting(6, "attention heads")
     num_layers: int = setting(6, "encoder blocks")
-    classifier: Literal["token", "gap"] = setting("token", "the head reads the class token, or the mean of all patches")
+    classifier: Classifier = setting("token", "the head reads the class token, or the mean of all patches")
     representation_size: int | None = setting(None, "width of a tanh layer before the head (none: a linear head)")
     dropout: float = setting(0.0, "share of activations dropped")
     # What later papers add: 2205.01580 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),
     # 2302.05442 (qk_norm), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220 (patch_dropout)
-    positions: Literal["learnt", "sincos", "rotary"] = setting(
+    positions: Positions = setting(
         "learnt", "learnt embeddings, fixed sines and cosines, or queries and keys rotated by row and column"
     )
-    stem: Literal["patch", "convolutions"] = setting(
-        "patch", "one projection of each patch, or convolutions of stride 2 down to it"
-    )
+    stem: Stem = setting("patch", "one projection of each patch, or convolutions of stride 2 down to it")
     registers: int = setting(0, "extra tokens that no patch stands behind, and that the head does not read")
     qk_norm: bool = setting(False, "normalise each head's queries and keys")
     layer_scale: float | None = setting(None, "learn a scale of each channel of a residual, which begins at this")
@@ -237,7 +248,7 @@ def resolve(name: str, **overrides: Any) -> Resolved:
     """The named recipe with `overrides` on top.
 
     Raises:
-        BadInput: no recipe or field has that name (the nearest is offered), or a value does not do.
+        BadInput: no recipe or field has that name (the nearest is offered), or a value does not do, or does nothing.
     """
     if name not in RECIPES:
         there = f" To train on {name}: vitrail train --data {name}" if Path(name).exists() else ""
@@ -247,6 +258,9 @@ def resolve(name: str, **overrides: Any) -> Resolved:
         if key not in known:
             raise BadInput(f"a recipe has no setting {key!r}{nearest(key, known)}")
     recipe = dataclasses.replace(RECIPES[name], **overrides)
+    for key, met, how in NEEDS:  # asked for here, where a recipe's own may be left without what it is for
+        if key in overrides and not met(recipe):
+            raise BadInput(f"{key} does nothing unless {how}.")
     set_by = {key: "default" if getattr(RECIPES[name], key) == default else "recipe" for key, default in known.items()}
     return Resolved(name, recipe, set_by | dict.fromkeys(overrides, "command line"))
 

@@ -97,6 +97,8 @@ class Session:
         at = progress.step - (progress.counted > 0)
         epochs_done = next((e for e in range(last_epoch) if batches.first_step(e + 1) > at), last_epoch)
         predictions: Predictions | None = None
+        if at and epochs_done == last_epoch:
+            say(f"its {last_epoch} epochs are done: nothing is trained, its figures and page are written anew")
         self.run.go_back(at)
         if progress.step == 0:
             self.save()  # so that there is something to resume from, however early the end comes
@@ -105,7 +107,7 @@ class Session:
                 self.train_epoch(epoch, display, stopped)
                 if progress.counted:  # where a batch holds more images than there are, some epochs have no step
                     predictions = self.end_epoch(epoch, display, events)
-        self.save()
+        self.save(page=False)  # which is written with the figures
         return self.finish(predictions if predictions is not None else self.evaluate())
 
     def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
@@ -198,8 +200,8 @@ class Session:
         self.model.train()
         return predictions
 
-    def save(self) -> None:
-        """Make a checkpoint and write the weights to ship, if the weights are finite.
+    def save(self, *, page: bool = True) -> None:
+        """Make a checkpoint, write the weights to ship, and the page as it is so far, if the weights are finite.
 
         Raises:
             Diverged: they are not.
@@ -211,7 +213,8 @@ class Session:
         with self.average.in_place():
             self.run.save_model(self.model, self.dataset.classes)
         self.run.save_state(self.model, self.optimizer, self.average.weights, self.progress.as_dict())
-        write_report(self.run.path, self.dataset)  # what there is to see so far
+        if page:
+            write_report(self.run.path, self.dataset)
         self.saved = time.perf_counter()
 
     def count(self) -> None:

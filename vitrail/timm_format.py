@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.checkpoint import write_tensors, write_text
-from vitrail.config import Classifier, Colours, Gelu, ViTConfig, check_colours, shorten
+from vitrail.config import Colours, Gelu, ViTConfig, check_colours, shorten
 from vitrail.errors import BadInput
 from vitrail.formats import (
     Imported,
@@ -29,6 +29,7 @@ from vitrail.formats import (
     to_ours,
     to_theirs,
 )  # fmt: skip
+from vitrail.recipes import Classifier
 
 MEND = (
     "load it with timm's create_model(…, pretrained=True), then timm.models.save_for_hf(model, FOLDER, "

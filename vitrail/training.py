@@ -49,10 +49,12 @@ def train(
         OSError: the run folder cannot be written.
     """
     began = time.perf_counter()
-    if stop_after is not None and stop_after < 1:
-        raise BadInput(f"stop-after is {stop_after}; it must be at least 1 epoch.")
     run, resolved = take_up(recipe, output, settings) if resume else (None, resolve(recipe or "digits", **settings))
     chosen = resolved.recipe
+    if stop_after is not None and not 1 <= stop_after <= chosen.epochs:
+        raise BadInput(
+            f"stop-after is {stop_after}; it must be from 1 to {chosen.epochs}, the epochs of the run (--epochs)."
+        )
     device = pick_device(settings.get("device", chosen.device))
     model_config(chosen, num_classes=1)  # what is wrong with it is said before images are fetched and decoded
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)

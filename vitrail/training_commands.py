@@ -166,8 +166,9 @@ def check_own_data(path: Path) -> None:
 
 
 def headline(figures: dict[str, Any]) -> str:
-    """The figures of a split in one line."""
+    """The figures of a split in one line; top-5 only where there are more classes than that."""
+    top5 = f"top-5 {figures['top5']:.3f}, " if len(figures["per_class"]) > 5 else ""
     return (
-        f"top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f}, loss {figures['loss']:.3f}, calibration error "
+        f"top-1 {figures['top1']:.3f}, {top5}loss {figures['loss']:.3f}, calibration error "
         f"{figures['calibration_error']:.3f} on {figures['count']:,} images ({figures['dataset']}, {figures['split']})"
     )
