@@ -25,7 +25,7 @@ train: .venv/installed ## make the environment, train the recipe digits (under a
 	@$(BIN)/vitrail train $(ARGS)
 
 test: .venv/installed-dev ## make the environment and run the tests
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 bench: .venv-bench/installed ## measure speed beside timm, vit-pytorch, transformers and torchvision → docs/speed.md
 	@.venv-bench/bin/vitrail bench --output docs/speed.md $(ARGS)

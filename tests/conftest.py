@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from jaxtyping import install_import_hook
 
-# Read by torch when it is imported, and by what tests start. Two threads: more only get in each other's way on models
-# as small as those of the tests.
-os.environ["OMP_NUM_THREADS"] = "2"
+# Read by torch when it is imported, and by what tests start. More than two threads only get in each other's way on
+# models as small as those of the tests, and so do more than one where tests run side by side.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "100"
 os.environ.pop("FORCE_COLOR", None)

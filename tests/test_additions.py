@@ -22,7 +22,7 @@ from vitrail.errors import BadInput
 from vitrail.exchange import CHECK
 from vitrail.floor import forward_flops, training_flops
 from vitrail.model import Attention, VisionTransformer
-from vitrail.positions import grid, rotary_positions, rotate, sincos_positions
+from vitrail.positions import apply_rotary, grid, rotary_positions, sincos_positions
 
 CPU = torch.device("cpu")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
@@ -135,6 +135,7 @@ def test_saved_loaded_and_resized(positions: str, tmp_path: Path) -> None:
     assert torch.equal(back(images()), model.eval()(images()))
     names = [name for name in model.state_dict() if name != "position_embedding"]
     assert all(torch.equal(larger.state_dict()[name], model.state_dict()[name]) for name in names)
+    assert isinstance(larger, VisionTransformer)
     assert larger.embed(images(2, 24)).shape == (2, 1 + 3 + 6**2, 32)
     small = larger.train().embed(images(2, 16))  # smaller images in training, as in the first steps of some recipes
     if positions != "learnt":
@@ -254,7 +255,7 @@ def test_rotary_scores_depend_on_how_far_apart_patches_are(compiled: bool, monke
     def turned(x: Tensor, rows: int, columns: int) -> Tensor:
         rotation = rotary_positions(config, tokens, (grid(9, CPU) + torch.tensor([rows, columns]))[None])
         assert rotation is not None
-        return rotate(x, rotation)
+        return apply_rotary(x, rotation)
 
     # Written out for one patch: row 1, column 2 of the grid; 4 pairs, two for the row and two for the column
     angles = np.array([1, 1 / 10, 2, 2 / 10])

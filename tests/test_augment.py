@@ -28,7 +28,7 @@ from vitrail.augment import (
     rotate,
 )  # fmt: skip
 from vitrail.errors import BadInput
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 
 SIZE = 16
 GEOMETRY = Recipe(image_size=SIZE, flip="random", rotate=15.0, crop=3)

@@ -14,7 +14,7 @@ from vitrail.augment import draw, places, rotate
 from vitrail.batches import Pixels, Targets, TrainingBatches, evaluation_batches, generator
 from vitrail.cache import Images
 from vitrail.errors import BadInput
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(image_size=8, batch_size=6, epochs=3, flip="random", rotate=10.0, crop=1, seed=7)

@@ -17,16 +17,20 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vitrail
+from vitrail import cache
 from vitrail.arguments import Parser
 from vitrail.cli import main
 from vitrail.commands import COMMANDS
 from vitrail.errors import BadInput, Diverged, Stopped
 from vitrail.evaluate import predict_files
-from vitrail.recipes import RECIPES, Recipe, resolve
+from vitrail.recipes import RECIPES, resolve
+from vitrail.settings import Recipe
 
 HELPS = [["-h"], *([command, "-h"] for command in COMMANDS)]
 
@@ -171,7 +175,7 @@ def test_files_and_flags_in_any_order() -> None:
         (["train", "--epoch=3"], "no flag --epoch; did you mean '--epochs'?"),
         (["train", "--no-compil"], "no flag --no-compil; did you mean '--no-compile'?"),
         (["train", "--optimizer", "adamm"], "'adamm' is not one of adamw, adam, sgd, muon; did you mean"),
-        (["train", "--precision", "x"], "'x' is not one of fp32, bf16. "),
+        (["train", "--precision", "x"], "'x' is not one of auto, fp32, bf16. "),
         (["train", "--epochs", "3.5"], "--epochs: '3.5' is no whole number"),
         (["train", "--epochs"], "--epochs: expected one argument"),
         (["train", "--epochs", "0"], "epochs is 0; it must be at least 1"),
@@ -380,6 +384,22 @@ def test_evaluate(place: Path) -> None:
     assert {name: (count, top1) for name, count, top1 in map(str.split, rows)} == of
     shares = [float(row.split()[2]) for row in rows]
     assert shares == sorted(shares)
+
+
+def test_evaluate_by_mirror_images_too(place: Path) -> None:
+    run = place / "runs" / "digits"
+    found, plain = (json.loads(typed("evaluate", run, *more, "--json")) for more in (["--mirror"], []))
+    mirrored = found.pop("mirrored")
+    assert found == plain  # whose figures stay the ones that are reported
+    test = cache.load("digits", 16).splits["test"]
+    pixels = np.stack([test.image(place) for place in range(len(test))])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    model, labels = vitrail.load(run), torch.from_numpy(test.labels)
+    with torch.inference_mode():
+        logits = (model(images) + model(torch.flip(images, [-1]))) / 2
+    assert mirrored["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert mirrored["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert f"by each image and its mirror image: top-1 {mirrored['top1']:.3f}" in typed("evaluate", run, "--mirror")
 
 
 def test_predict(place: Path) -> None:

@@ -104,6 +104,7 @@ def test_import_at_another_size_with_another_head(tmp_path: Path) -> None:
     assert "Its head is zero" in text
     model, classes = Run.open(tmp_path / "run").load_model()
     before = vitrail.load(GOLDEN / "pre-logits.npz", image_size=48)
+    assert isinstance(model, VisionTransformer)
     assert (model.config.image_size, model.config.representation_size, classes) == (48, None, tuple("01234"))
     assert not model(torch.randn(2, 3, 48, 48)).any()
     for name, weight in before.state_dict().items():
@@ -185,6 +186,7 @@ def test_evaluation_honours_what_the_weights_want(trained: Path, tmp_path: Path)
     """The same function of the images, written with another normalisation, has the same figures."""
     model, classes = Run.open(trained).load_model()
     mean, std = (0.3, 0.4, 0.6), (0.2, 0.7, 0.5)
+    assert isinstance(model, VisionTransformer)
     weight, bias = model.patch_embedding.projection.weight, model.patch_embedding.projection.bias
     assert bias is not None
     with torch.no_grad():  # ours = 2 x - 1 = 2 (std · theirs + mean) - 1
@@ -278,6 +280,7 @@ def test_export_that_fails_leaves_nothing(
     saved(tmp_path / "deep", replace(SHAPE, representation_size=8))
     saved(tmp_path / "broken")
     model, classes = Run.open(tmp_path / "broken").load_model()
+    assert isinstance(model, VisionTransformer)
     torch.nn.init.constant_(model.norm.bias, float("nan"))
     Run.open(tmp_path / "broken").save_model(model, classes)
     (tmp_path / "there").mkdir()

@@ -15,7 +15,8 @@ from vitrail.config import ViTConfig
 from vitrail.model import VisionTransformer
 from vitrail.muon import COEFFICIENTS, orthogonalise
 from vitrail.optimize import RunningAverage, build_optimizer, learning_rate, parameter_groups
-from vitrail.recipes import RECIPES, Recipe
+from vitrail.recipes import RECIPES
+from vitrail.settings import Recipe
 
 CONFIG = ViTConfig(image_size=8, patch_size=4, hidden_size=8, mlp_dim=16, num_heads=2, num_layers=1, num_classes=3)
 MODEL = VisionTransformer(replace(CONFIG, registers=2, qk_norm=True, layer_scale=0.1))
@@ -44,12 +45,12 @@ def test_cosine_and_constant() -> None:
 
 
 def test_the_fall_may_take_only_the_last_steps() -> None:
-    recipe = Recipe(lr=2.0, schedule="linear", warmup=0.2, decay_share=0.25)  # 20 steps up, 60 on top, 20 down
+    recipe = Recipe(lr=2.0, schedule="linear", warmup=0.2, cooldown=0.25)  # 20 steps up, 60 on top, 20 down
     rates = [learning_rate(recipe, step, 100) for step in range(101)]
     assert rates[:20] == pytest.approx([0.1 * n for n in range(1, 21)])
     assert set(rates[19:81]) == {2.0}
     assert rates[80:] == pytest.approx([0.1 * n for n in range(20, -1, -1)])
-    cosine = Recipe(lr=2.0, schedule="cosine", warmup=0.2, decay_share=0.25)
+    cosine = Recipe(lr=2.0, schedule="cosine", warmup=0.2, cooldown=0.25)
     assert [learning_rate(cosine, step, 100) for step in (50, 80, 90, 100)] == pytest.approx([2, 2, 1, 0])
 
 

@@ -20,6 +20,7 @@ from vitrail.config import HALF, ViTConfig
 from vitrail.errors import BadInput
 from vitrail.exchange import Library
 from vitrail.images import to_pixels
+from vitrail.model import VisionTransformer
 from vitrail.peers import declare_operators
 from vitrail.weights import build, read
 
@@ -150,6 +151,7 @@ def random_transformers(folder: Path, name: str = "ViTForImageClassification", *
 def test_what_transformers_writes_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = random_transformers(tmp_path / "folder", **settings)
     ours = vitrail.load(tmp_path / "folder")
+    assert isinstance(ours, VisionTransformer)
     assert read(tmp_path / "folder").classes == CLASSES
     torch.testing.assert_close(ours(images(SMALL)), theirs(images(SMALL)).logits, atol=1e-4, rtol=0)
     assert ours.config.gelu == ("exact" if settings.get("hidden_act", "gelu") == "gelu" else "tanh")
@@ -171,6 +173,7 @@ def test_a_model_of_transformers_without_a_head_gets_one(tmp_path: Path) -> None
     with pytest.raises(BadInput, match=r"folder has no head; say for how many classes"):
         vitrail.load(tmp_path / "folder")
     ours = vitrail.load(tmp_path / "folder", num_classes=5)
+    assert isinstance(ours, VisionTransformer)
     assert not ours(images(SMALL)).any()
     encoded = ours.forward_encoder(ours.embed(images(SMALL)))
     torch.testing.assert_close(encoded, theirs(images(SMALL)).last_hidden_state, atol=1e-4, rtol=0)

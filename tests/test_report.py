@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from vitrail import __version__, pictures, report
+from vitrail import __version__, pictures, report, scores
 from vitrail.cache import Dataset, Images
 from vitrail.checkpoint import write_tensors
 from vitrail.errors import BadInput
@@ -136,18 +136,18 @@ def pictured(page: Page, section: str) -> list[Any]:
 )
 def test_wilson_as_published(right: int, count: int, low: float, high: float) -> None:
     # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I, method 3
-    assert report.wilson(right, count) == pytest.approx((low, high), abs=5e-5)
-    assert report.wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert scores.wilson(right, count) == pytest.approx((low, high), abs=5e-5)
+    assert scores.wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 def test_confusion_as_scikit_learn_counts() -> None:
     dataset = digits()
     predictions = answer(dataset)
     label, said = predictions.label, predictions.predicted[:, 0]
-    counts = report.confusion(label, said, 10)
+    counts = scores.confusion(label, said, 10)
     np.testing.assert_array_equal(counts, confusion_matrix(label, said))
     precision, recall, _, support = precision_recall_fscore_support(label, said)
-    rows = report.per_class(counts)
+    rows = scores.per_class(counts)
     assert [row.right / row.count for row in rows] == pytest.approx(list(recall))
     assert [row.right / row.said for row in rows] == pytest.approx(list(precision))
     assert [row.count for row in rows] == list(support)
@@ -155,20 +155,20 @@ def test_confusion_as_scikit_learn_counts() -> None:
 
 def test_worst_pairs_and_empty_classes() -> None:
     counts = np.array([[5, 2, 0], [3, 1, 0], [0, 0, 0]])
-    assert report.worst_pairs(counts, 9) == [report.Pair(1, 0, 3, 4), report.Pair(0, 1, 2, 7)]
-    assert report.worst_pairs(counts, 1) == [report.Pair(1, 0, 3, 4)]
-    assert report.per_class(counts)[2] == report.ClassRow(2, 0, 0, 0, None)
+    assert scores.worst_pairs(counts, 9) == [scores.Pair(1, 0, 3, 4), scores.Pair(0, 1, 2, 7)]
+    assert scores.worst_pairs(counts, 1) == [scores.Pair(1, 0, 3, 4)]
+    assert scores.per_class(counts)[2] == scores.ClassRow(2, 0, 0, 0, None)
 
 
 def test_picking() -> None:
-    answers = report.Answers(
+    answers = scores.Answers(
         label=np.array([0, 0, 1, 1, 2]),
         said=np.array([0, 0, 0, 0, 2]),
         confidence=np.array([0.9, 0.95, 0.8, 0.99, 0.7]),
     )
-    assert report.confident_mistakes(answers.confidence, answers.right, 5) == [3, 2]
-    assert report.rightest(answers.confidence, answers.right, answers.label, 5) == [1, 4]
-    assert report.surest_of(answers, report.Pair(1, 0, 2, 2), 1) == [3]
+    assert scores.confident_mistakes(answers.confidence, answers.right, 5) == [3, 2]
+    assert scores.rightest(answers.confidence, answers.right, answers.label, 5) == [1, 4]
+    assert scores.surest_of(answers, scores.Pair(1, 0, 2, 2), 1) == [3]
 
 
 # Pages
@@ -182,7 +182,7 @@ def test_finished_run(tmp_path: Path) -> None:
     assert_self_contained(page)
     right = int((predictions.predicted[:, 0] == predictions.label).sum())
     count, train = len(predictions.label), len(dataset.splits["train"])
-    low, high = report.wilson(right, count)
+    low, high = scores.wilson(right, count)
     assert f"Trained on {train:,} images of 10 classes for 3 of {EPOCHS} epochs" in page.text
     assert f"recognises {right} of {count} test images" in page.text
     assert f"95% interval {low:.1%} to {high:.1%}" in page.text
@@ -192,7 +192,7 @@ def test_finished_run(tmp_path: Path) -> None:
     assert "vitrail train 'a & b'" in page.text
     assert f"Made by Vitrail {__version__}" in page.text
     matrix = [int(n) for n in re.findall(r'<td class="(?:none|hit|miss)[^>]*>(\d+)</td>', page.html)]
-    np.testing.assert_array_equal(np.reshape(matrix, (10, 10)), report.confusion(
+    np.testing.assert_array_equal(np.reshape(matrix, (10, 10)), scores.confusion(
         predictions.label, predictions.predicted[:, 0], 10
     ))  # fmt: skip
     assert len(page.values("img", "alt")) == len(page.values("img", "src")) >= 8 + min(24, count - right)
@@ -258,7 +258,7 @@ def test_running(tmp_path: Path) -> None:
     page = Page(report.write_report(begin(tmp_path / "run"), digits()))
     assert_self_contained(page)
     assert f"Not finished: 3 of {EPOCHS} epochs so far" in page.text
-    assert "73.3% top-1 accuracy on test images after epoch 3" in page.text
+    assert "73.3% top-1 accuracy on 360 test images after epoch 3" in page.text
     assert len(page.values("img", "src")) == len(pictured(page, "seen")) == 24
     assert len(page.values("div", "data-hover")) == 4
     hover = json.loads(page.values("div", "data-hover")[0])
@@ -269,7 +269,7 @@ def test_running(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_after_it_was_done(tmp_path: Path) -> None:
     run = finish(tmp_path / "run", digits())
-    assert "so far" not in Page(report.write_report(run, digits())).text
+    assert "epochs so far" not in Page(report.write_report(run, digits())).text
     (run / "results.json").unlink()  # as resuming does
     for left in (True, False):
         text = Page(report.write_report(run, None)).text

@@ -14,7 +14,7 @@ from vitrail.cache import Images
 from vitrail.errors import BadInput
 from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 from vitrail.step import gradient, mean_loss, train_step
 from vitrail.training import model_config
 

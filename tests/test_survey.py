@@ -17,7 +17,7 @@ from vitrail import cache, workers
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cli import main
 from vitrail.errors import BadInput
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 from vitrail.survey import Inspection, inspect, show
 from vitrail.views import Sample, View, samples, sheet
 

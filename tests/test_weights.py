@@ -190,6 +190,7 @@ def test_a_part_of_a_run_folder_is_answered_with_the_whole(tmp_path: Path) -> No
 
 def test_a_new_head_takes_the_place_of_the_whole_old_one() -> None:
     model = vitrail.load(GOLDEN / "pre-logits.npz", num_classes=7)
+    assert isinstance(model, VisionTransformer)
     assert (model.config.num_classes, model.config.representation_size) == (7, None)
     assert not model.head.weight.any()
     assert all(weight.requires_grad for weight in model.parameters())

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitrail.model import VisionTransformer
-    from vitrail.training import train
+    from vitrail.training import pretrain, train
     from vitrail.variants import create
     from vitrail.weights import load
 
-__all__ = ["VisionTransformer", "__version__", "create", "load", "train"]
+__all__ = ["VisionTransformer", "__version__", "create", "load", "pretrain", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "VisionTransformer": "vitrail.model",
     "create": "vitrail.variants",
     "load": "vitrail.weights",
+    "pretrain": "vitrail.training",
     "train": "vitrail.training",
 }
 

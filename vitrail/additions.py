@@ -60,8 +60,16 @@ def drop_patches(
 ) -> tuple[Float[Tensor, "B _ D"], Int[Tensor, "B _ 2"]]:
     """Patch dropout (2208.07220): the tokens in front of the patches, and as many patches as the config leaves, drawn
     for each image by itself; and the rows and columns of those."""
+    batch, count = len(tokens), tokens.shape[1] - config.num_prefix_tokens
+    kept = torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, : config.kept_patches(count)]
+    return keep_patches(tokens, kept, config)
+
+
+def keep_patches(
+    tokens: Float[Tensor, "B T D"], kept: Int[Tensor, "B _"], config: ViTConfig
+) -> tuple[Float[Tensor, "B _ D"], Int[Tensor, "B _ 2"]]:
+    """The tokens in front of the patches, and the patches of those numbers; and the rows and columns of these."""
     batch, count, device = len(tokens), tokens.shape[1] - config.num_prefix_tokens, tokens.device
-    kept = torch.rand(batch, count, device=device).argsort(dim=1)[:, : config.kept_patches(count)]
     front = torch.arange(config.num_prefix_tokens, device=device).expand(batch, -1)
     index = torch.cat([front, config.num_prefix_tokens + kept], dim=1)  # of the tokens of each image
     return tokens[torch.arange(batch, device=device)[:, None], index], grid(count, device)[kept]

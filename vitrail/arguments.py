@@ -9,8 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from vitrail.errors import BadInput
-from vitrail.recipes import nearest
+from vitrail.errors import BadInput, nearest
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitrail import operations
 from vitrail.operations import Levels, PerImage
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 
 TRIES = 10  # rectangles drawn for each image, of which the first that fits is taken: as torchvision does
 RAND_AUGMENT = (2, 9)  # operations on each image, and how far each goes, of 10: the paper's for ImageNet, and DeiT's

@@ -21,10 +21,12 @@ from vitrail.augment import Draws, augment, draw, normalise, partners, places, s
 from vitrail.cache import Images
 from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 
-Stream = Literal["order", "augmentation", "dropout", "directions"]
-STREAMS: dict[Stream, int] = {"order": 0, "augmentation": 1, "dropout": 2, "directions": 3}
+Stream = Literal["order", "augmentation", "dropout", "directions", "masks", "judged masks"]
+STREAMS: dict[Stream, int] = {
+    "order": 0, "augmentation": 1, "dropout": 2, "directions": 3, "masks": 4, "judged masks": 5,
+}  # fmt: skip
 
 
 def stream_seed(seed: int, stream: Stream, number: int) -> int:
@@ -131,11 +133,14 @@ class TrainingBatches:
     every image is seen as often as every other, and all batches have the same size. With R repeats (1901.09335), it
     takes those from s·B/R to (s + 1)·B/R, each R times: an epoch is still as many images as there are, now some of them
     R times, and all have been seen after R epochs. DeiT counts so too, but has the copies on as many GPUs.
+
+    Images are normalised by `mean` and `std`, of pixels from 0 to 1.
     """
 
-    def __init__(self, pixels: Pixels, recipe: Recipe) -> None:
+    def __init__(self, pixels: Pixels, recipe: Recipe, mean: Colours = HALF, std: Colours = HALF) -> None:
         self.pixels = pixels
         self.recipe = recipe
+        self.mean, self.std = mean, std
         self.divided_by = recipe.accumulate
         self.watch = Stopwatch(pixels.device)  # of what making batches takes
         self.permutation = lru_cache(maxsize=2)(self._permutation)
@@ -225,7 +230,7 @@ class TrainingBatches:
             targets = Targets(labels, labels, torch.ones(len(labels), device=labels.device))
         else:
             targets = Targets(labels, partners(labels), draws.mix.share)
-        return augment(images, draws, self.recipe), targets
+        return renormalise(augment(images, draws, self.recipe), self.mean, self.std), targets
 
 
 def evaluation_batches(

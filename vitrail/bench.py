@@ -30,8 +30,8 @@ from vitrail.operators import profiled
 from vitrail.peers import ANGLE, MODULES, SHIFT, TOLERANCES, image_folder_loader, require_peers, same_outputs
 from vitrail.process import keep_freed_memory, resident
 from vitrail.progress import say
-from vitrail.recipes import Recipe
 from vitrail.rounds import FLOOR, OURS, SMALLEST, Case, Row, Setting, inference, interleaved, training, training_unit
+from vitrail.settings import Recipe
 
 INPUT_FLOOR = "floor (bytes over bandwidth)"
 FLOORS = (FLOOR, INPUT_FLOOR)

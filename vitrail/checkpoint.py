@@ -4,7 +4,7 @@ recipe.yaml                  every setting, and who set it        written once
 environment.json             versions, hardware, command          one entry each time the run is started or resumed
 metrics.jsonl                a line an epoch
 results.json                 the figures of the last weights
-predictions.safetensors      what those say of each image of the evaluated split
+predictions.safetensors      what those say of each image of the evaluated split; reconstructions of pre-training
 model/config.json            shape, class names, preprocessing    enough to use the weights beside it
 model/model.safetensors
 last/state.safetensors       all that resuming needs
@@ -13,7 +13,7 @@ last/state.safetensors       all that resuming needs
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrail.config import HALF, Colours, ViTConfig, check_colours
+from vitrail import models
+from vitrail.config import HALF, Colours, check_colours
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer
-from vitrail.recipes import Recipe, Resolved
+from vitrail.models import Config, Model
+from vitrail.recipes import Resolved
+from vitrail.settings import Recipe
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
@@ -148,11 +150,14 @@ class Run:
         return (self.path / "recipe.yaml").is_file()
 
     def write_recipe(self, resolved: Resolved) -> None:
-        """Keep every setting, and who set it."""
+        """Keep every setting, and who set it, and which weights the run began with."""
         settings = {
             name: {"value": value, "set_by": resolved.set_by[name]} for name, value in asdict(resolved.recipe).items()
         }
-        content = {"recipe": resolved.name, "settings": settings}
+        content: dict[str, Any] = {"recipe": resolved.name}
+        if resolved.weights is not None:
+            content["from"] = {"value": resolved.weights, "set_by": "command line", "digest": resolved.digest}
+        content["settings"] = settings
         # Not as JSON, though that is nearly YAML: YAML 1.1 takes JSON's 1e-05 for a string.
         write_text(self.path / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, default_flow_style=None))
 
@@ -167,7 +172,9 @@ class Run:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             settings = content["settings"]
             recipe = Recipe(**{name: setting["value"] for name, setting in settings.items()})
-            return Resolved(content["recipe"], recipe, {name: setting["set_by"] for name, setting in settings.items()})
+            begun = content.get("from", {"value": None, "digest": ""})
+            set_by = {name: setting["set_by"] for name, setting in settings.items()}
+            return Resolved(content["recipe"], recipe, set_by, begun["value"], begun["digest"])
         except FileNotFoundError:
             raise BadInput(f"{self.path} has no recipe.yaml: it is no training run.") from None
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -205,7 +212,7 @@ class Run:
         Raises:
             BadInput: `metrics.jsonl` is damaged.
         """
-        for name in ("results.json", "predictions.safetensors"):
+        for name in ("results.json", "predictions.safetensors", "reconstructions.safetensors"):
             (self.path / name).unlink(missing_ok=True)
         for partial in [path for path in self.path.rglob(".*") if path.is_file()]:
             partial.unlink()
@@ -219,21 +226,18 @@ class Run:
                 raise BadInput(f"{path} is damaged: {error}.") from None
             write_text(path, "".join(kept))
 
-    def save_model(
-        self, model: VisionTransformer, classes: tuple[str, ...], mean: Colours = HALF, std: Colours = HALF
-    ) -> None:
+    def save_model(self, model: Model, classes: tuple[str, ...], mean: Colours = HALF, std: Colours = HALF) -> None:
         """Write the weights to ship, and beside them all that is needed to use them: images are to have `mean`
         subtracted from them, of pixels from 0 to 1, and to be divided by `std`."""
         config = {
-            "architecture": "VisionTransformer",
-            "model": asdict(model.config),
+            **models.to_json(model.config),
             "classes": list(classes),
             "preprocessing": {"image_size": model.config.image_size, "mean": list(mean), "std": list(std)},
         }
         write_text(self.path / "model" / "config.json", json.dumps(config, indent=2) + "\n")
         write_tensors(self.path / "model" / "model.safetensors", model.state_dict())
 
-    def config(self) -> tuple[ViTConfig, tuple[str, ...]]:
+    def config(self) -> tuple[Config, tuple[str, ...]]:
         """The model's shape and its class names.
 
         Raises:
@@ -250,19 +254,14 @@ class Run:
         """
         return self._read_config()[2:]
 
-    def _read_config(self) -> tuple[ViTConfig, tuple[str, ...], Colours, Colours]:
+    def _read_config(self) -> tuple[Config, tuple[str, ...], Colours, Colours]:
         path = self.path / "model" / "config.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            known = {field.name for field in fields(ViTConfig)}
-            if unknown := set(content["model"]) - known:
-                raise BadInput(f"settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
-            shape = content["model"]
-            if shape.get("resnet_blocks") is not None:
-                shape["resnet_blocks"] = tuple(shape["resnet_blocks"])
+            config = models.from_json(content)
             seen = content.get("preprocessing", {})
             colours = check_colours(seen.get("mean", HALF), seen.get("std", HALF))
-            return ViTConfig(**shape), tuple(map(str, content["classes"])), *colours
+            return config, tuple(map(str, content["classes"])), *colours
         except FileNotFoundError:
             raise BadInput(f"{self.path} holds no model: {path} is missing.") from None
         except BadInput as error:
@@ -270,7 +269,7 @@ class Run:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path} is damaged: {error}.") from None
 
-    def load_model(self) -> tuple[VisionTransformer, tuple[str, ...]]:
+    def load_model(self) -> tuple[Model, tuple[str, ...]]:
         """The model with its weights, and its class names.
 
         Raises:
@@ -280,7 +279,7 @@ class Run:
         path = self.path / "model" / "model.safetensors"
         tensors, _ = read_tensors(path)
         with torch.device("meta"):
-            model = VisionTransformer(config)
+            model = models.build(config)
         if len(classes) != config.num_classes:
             raise BadInput(f"{self.path}/model/config.json names {len(classes)} classes of {config.num_classes}.")
         check_shapes(model.state_dict(), tensors, path)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from vitrail import __version__
 from vitrail.arguments import Parser
 from vitrail.commands import COMMANDS
-from vitrail.errors import BadInput, Diverged, Stopped
-from vitrail.recipes import nearest
+from vitrail.errors import BadInput, Diverged, Stopped, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,20 +11,32 @@ from pathlib import Path
 
 from vitrail.arguments import Parser, add_json, at_least_one, one_of, real, shown
 from vitrail.errors import BadInput
-from vitrail.recipes import RECIPES, Recipe
-from vitrail.show_commands import do_compare, do_data, take_compare, take_data
+from vitrail.recipes import FINE_TUNE, RECIPES
+from vitrail.settings import Recipe
+from vitrail.show_commands import do_compare, do_data, do_draw, take_compare, take_data, take_draw
 from vitrail.tables import as_json, table
 from vitrail.training_commands import (
     do_evaluate,
     do_predict,
+    do_pretrain,
     do_report,
     do_train,
     take_evaluate,
     take_predict,
+    take_pretrain,
     take_report,
     take_train,
 )
-from vitrail.weight_commands import do_export, do_import, do_variants, take_export, take_import, take_variants
+from vitrail.weight_commands import (
+    do_export,
+    do_import,
+    do_probe,
+    do_variants,
+    take_export,
+    take_import,
+    take_probe,
+    take_variants,
+)
 
 BENCH_TASKS = ("training", "profile", "inference", "input", "memory", "start")
 
@@ -52,6 +64,9 @@ def do_recipes(args: argparse.Namespace) -> str:
     for name, recipe in RECIPES.items():
         shape = f"{recipe.num_layers} × {recipe.hidden_size}, MLP {recipe.mlp_dim}, {recipe.num_heads} heads"
         pixels = f"{recipe.image_size} / {recipe.patch_size}"
+        if recipe.architecture != "vit" or name == FINE_TUNE:
+            shape = "as the weights have it" if name == FINE_TUNE else recipe.architecture
+            pixels = f"{recipe.image_size}"
         rows.append((name, recipe.data, pixels, shape, f"{recipe.epochs}", ", ".join(departures(recipe))))
     columns = ("recipe", "data", ">image / patch", "layers × width", ">epochs", "other than the defaults")
     return f"{table(columns, rows)}\n\n`vitrail train RECIPE -h` shows every value."
@@ -59,7 +74,8 @@ def do_recipes(args: argparse.Namespace) -> str:
 
 def departures(recipe: Recipe) -> list[str]:
     """The settings of a recipe, other than those with a column of their own, that are not the defaults."""
-    columns = {"data", "image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "epochs"}
+    columns = {"data", "image_size", "architecture", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers",
+               "epochs"}  # fmt: skip
     default = Recipe()
     changed = [f.name for f in dataclasses.fields(Recipe) if getattr(recipe, f.name) != getattr(default, f.name)]
     values = {name: getattr(recipe, name) for name in changed if name not in columns}
@@ -121,8 +137,15 @@ COMMANDS = {
         "train a model; without arguments, on the built-in digits, in under a minute",
         ("vitrail train", "vitrail train vit-12 --data tiny-imagenet --precision bf16",
          "vitrail train vit-12 --data photos.zip --epochs 50 --output runs/photos",
+         "vitrail train --from ViT-B_16.npz --data photos --output runs/photos-384",
          "vitrail train --resume --output runs/photos"),
         take_train, do_train,
+    ),
+    "pretrain": Command(
+        "train a model without labels: it predicts patches that are hidden from it",
+        ("vitrail pretrain", "vitrail pretrain vit-12 --data photos.zip --output runs/photos-pretrained",
+         "vitrail pretrain vit-12 --objective patches", "vitrail pretrain --resume --output runs/photos-pretrained"),
+        take_pretrain, do_pretrain,
     ),
     "evaluate": Command(
         "top-1, top-5, loss and calibration of a run, and of each class",
@@ -151,6 +174,16 @@ COMMANDS = {
         "the models that have names: their shapes, parameters, FLOPs and memory",
         ("vitrail variants", "vitrail variants --image-size 384"),
         take_variants, do_variants,
+    ),
+    "draw": Command(
+        "a model as the paper's figure 1 draws it, from the model itself",
+        ("vitrail draw ViT-B/16 --output vit-b-16.svg", "vitrail draw runs/photos --image cat.jpg --output photos.svg"),
+        take_draw, do_draw,
+    ),
+    "probe": Command(
+        "how well classes can be told apart by what a model makes of images: few-shot linear evaluation",
+        ("vitrail probe runs/digits", "vitrail probe ViT-B_16.npz --data photos --shots 1 5 10"),
+        take_probe, do_probe,
     ),
     "import": Command(
         "weights from elsewhere, as a run folder",

@@ -12,9 +12,10 @@ from vitrail import pictures
 from vitrail.checkpoint import write_text
 from vitrail.pictures import EPOCHS, Axis, Chart, Series, Tick, figures, number, percent
 from vitrail.progress import duration
-from vitrail.recipes import Recipe
-from vitrail.report import fill, wilson
+from vitrail.report import fill
 from vitrail.runs import ELSEWHERE, Judged, Row
+from vitrail.scores import wilson
+from vitrail.settings import Recipe
 
 MARK = '<meta name="generator" content="vitrail compare">'  # by which a page of ours is known
 COLUMNS = (
@@ -77,7 +78,7 @@ def differences(rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[str]]]:
     """The rows that have settings, and the settings in which they differ, with what each row has."""
     having = [row for row in rows if row.first.settings]
     found = {"recipe": [row.first.record.name for row in having]}
-    for name in (field.name for field in fields(Recipe) if field.name not in ELSEWHERE):
+    for name in ("from", *(field.name for field in fields(Recipe) if field.name not in ELSEWHERE)):
         values = [dict.fromkeys(_said(entry.settings[name]) for entry in row.entries) for row in having]
         found[name] = [", ".join(each) for each in values]
     return having, {name: values for name, values in found.items() if len(set(values)) > 1}

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vitrail.errors import BadInput
-from vitrail.recipes import Classifier, Positions, Stem
-from vitrail.resnet import stride
+from vitrail.resnet import MOST, stride
+from vitrail.settings import Classifier, Positions, Stem
 
-MOST = 1 << 17
 MOST_LAYERS = 1000
 
 Gelu = Literal["tanh", "exact"]

@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
@@ -40,6 +42,15 @@ def command() -> str:
     if program in ("vitrail", "__main__.py"):
         return shlex.join(["vitrail", *sys.argv[1:]])
     return f"vitrail.train in {program or 'an interactive session'}"
+
+
+def program() -> str:
+    """What to type for Vitrail here: `vitrail` where the shell finds that, else the path by which it was started, as
+    `make train` does."""
+    started = sys.argv[0] if sys.argv else ""
+    if Path(started).name == "vitrail" and shutil.which("vitrail") is None:
+        return shlex.quote(started)
+    return "vitrail"
 
 
 def commit() -> str | None:

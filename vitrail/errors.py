@@ -1,5 +1,8 @@
 """What can go wrong in a way that the user can mend. The command line turns each into a sentence and an exit status."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class BadInput(Exception):
     """Bad usage or bad input (exit status 2). The message names the thing, says what is wrong and what would do."""
@@ -15,3 +18,9 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean 'X'?` for the known word nearest to a mistyped one, or a full stop."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
 from vitrail.images import Unreadable, open_image, to_pixels
 from vitrail.progress import track
-from vitrail.recipes import Recipe, Resolved
+from vitrail.recipes import Resolved
+from vitrail.settings import Precision, Recipe
 
 CALIBRATION_BINS = 15  # as Guo et al., "On Calibration of Modern Neural Networks" (1706.04599)
 
@@ -63,6 +65,18 @@ class Figures:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a run's weights make of the split that it is judged by: `curves`, which `metrics.jsonl` has after each epoch
+    (as `val_loss` and so on), what `results.json` has of the last, and the `arrays` behind that, kept in the file of
+    that name."""
+
+    curves: dict[str, float]
+    results: dict[str, Any]
+    name: str
+    arrays: dict[str, torch.Tensor]
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; for `auto` CUDA where there is one, else Apple's MPS, else the CPU.
 
@@ -84,13 +98,14 @@ def predict_split(
     pixels: Pixels,
     *,
     batch_size: int = 200,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     top: int = 5,
     mean: Colours = HALF,
     std: Colours = HALF,
+    mirror: bool = False,
 ) -> Predictions:
     """Run the model over every image of a split, each counted once and normalised by `mean` and `std`, and keep the
-    `top` classes of each.
+    `top` classes of each. With `mirror`, its logits are the mean of those of the image and of its mirror image.
 
     The model is left in evaluation mode."""
     model.eval()
@@ -99,6 +114,8 @@ def predict_split(
         for batch, label in evaluation_batches(pixels, batch_size, mean, std):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)[: len(label)]
+                if mirror:
+                    logits = (logits + model(batch.flip(3))[: len(label)]) / 2
             # Figures are made on the processor: float64, which some devices lack, orders nearly equal probabilities.
             logits, label = logits.float().cpu(), label.cpu()
             best = F.softmax(logits.double(), dim=1).topk(min(top, logits.shape[1]))
@@ -127,6 +144,14 @@ def figures(predictions: Predictions, classes: tuple[str, ...]) -> Figures:
             for name, count, hit in zip(classes, counts, hits, strict=True)
         ),
     )
+
+
+def judge_classes(predictions: Predictions, classes: tuple[str, ...]) -> Judgement:
+    """What predictions say of the weights that they come from."""
+    found = figures(predictions, classes)
+    curves = {"loss": found.loss, "top1": found.top1, "top5": found.top5}
+    arrays = {name: torch.from_numpy(array) for name, array in predictions.arrays().items()}
+    return Judgement(curves, found.as_dict(), "predictions", arrays)
 
 
 @dataclass(frozen=True)
@@ -158,8 +183,25 @@ def calibration_error(confidence: NDArray[np.floating[Any]], right: NDArray[np.b
     return sum(gaps) / len(confidence)
 
 
-def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
-    """Figures of a run's weights, as in `results.json`: on the split that the run was judged by, or on `data`.
+def open_classifier(path: Path) -> Run:
+    """A run whose model has learnt classes.
+
+    Raises:
+        BadInput: there is no such run, or it is one of pre-training.
+    """
+    run = Run.open(path)
+    if run.trained and run.recipe().recipe.objective != "classes":
+        raise BadInput(
+            f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train --from {path}; or measure "
+            f"what it sees: vitrail probe {path}."
+        )
+    return run
+
+
+def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -> dict[str, Any]:
+    """Figures of a run's weights, as in `results.json`: on the split that the run was judged by, or on `data`. With
+    `mirror`, they are followed by `mirrored`, those of test-time augmentation: the mean of the logits of each image and
+    of its mirror image.
 
     Where `data` comes without a division into training and test images, all of its images count, unless they are
     those that the run itself was trained on: then those that it held out.
@@ -167,7 +209,7 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
     Raises:
         BadInput: the run or the data cannot be used, or the data has classes that the run does not know.
     """
-    run = Run.open(path)
+    run = open_classifier(path)
     # Weights from elsewhere have no recipe, and no images of their own.
     resolved = run.recipe() if run.trained or data is None else Resolved(path.resolve().name, Recipe(), {})
     recipe = resolved.recipe
@@ -184,8 +226,11 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
         own = read_about(state)["images"] if state.is_file() else ""
         name, split, images = cache.load_for_evaluation(data, size, classes, own=own, holdout=recipe.holdout)
     pixels = Pixels(images, size, pick_device("auto"))
-    predictions = predict_split(model.to(pixels.device), pixels, precision=recipe.precision, mean=mean, std=std)
-    found = figures(predictions, classes).as_dict()
+    predict = partial(predict_split, model.to(pixels.device), pixels, precision=recipe.precision, mean=mean, std=std)
+    found = figures(predict(), classes).as_dict()
+    if mirror:
+        both = figures(predict(mirror=True), classes)
+        found["mirrored"] = {"top1": both.top1, "top5": both.top5, "loss": both.loss}
     return {"recipe": resolved.name, "dataset": name, "split": split, **found}
 
 
@@ -213,7 +258,7 @@ def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[
     Raises:
         BadInput: the run cannot be used, or some files cannot be read as images.
     """
-    run = Run.open(path)
+    run = open_classifier(path)
     model, classes = run.load_model()
     mean, std = run.preprocessing()
     size = model.config.image_size

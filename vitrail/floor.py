@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitrail.config import ViTConfig
+from vitrail.process import faster_precision
 
 Precision = Literal["fp32", "bf16"]  # of the matrix products; weights are float32 in both
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -137,8 +138,7 @@ def precisions(device: torch.device) -> list[Precision]:
     they are not on processors without instructions for them."""
     if device.type == "cuda":
         return ["bf16"]
-    rates = {precision: matrix_rate(device, dtype) for precision, dtype in DTYPES.items()}
-    return ["fp32", "bf16"] if rates["bf16"] > rates["fp32"] else ["fp32"]
+    return ["fp32", "bf16"] if faster_precision(device) == "bf16" else ["fp32"]
 
 
 def bandwidth(device: torch.device) -> float:

@@ -15,9 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from vitrail.archives import SUFFIXES, Storage, cache_root, open_storage
 from vitrail.download import TINY_IMAGENET, fetch
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, nearest
 from vitrail.layouts import Layout, read_layout, readable_names
-from vitrail.recipes import nearest
 
 BUILT_IN = ("digits", "tiny-imagenet")
 

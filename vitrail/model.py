@@ -12,6 +12,7 @@ the position embeddings, after attention and after each layer of the MLP, and th
 asks for it.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.config import Gelu, ViTConfig
 from vitrail.errors import BadInput
-from vitrail.positions import Rotation, resize_position_embedding, rotary_positions, rotate, sincos_positions
+from vitrail.positions import Rotation, apply_rotary, resize_position_embedding, rotary_positions, sincos_positions
 from vitrail.resnet import ResNet, lecun_normal_, out_channels
 
 LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
@@ -80,8 +81,8 @@ class Attention(nn.Module):
     """Multi-head self-attention: equations 5 to 8 (appendix A), the MSA of equation 2.
 
     Query, key and value come from one matrix product; rows 0 to D of its weight make the queries, the next D the
-    keys, the last D the values. With `qk_norm`, each head's queries and keys go through a LayerNorm without a bias
-    before they meet (2302.05442, section 2).
+    keys, the last D the values. With `qk_norm`, each head's queries and keys go through a LayerNorm without bias
+    and centring before they meet (2302.05442, section 2).
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
         self.q_norm, self.k_norm = (
-            nn.LayerNorm(hidden_size // num_heads, LAYER_NORM_EPS, bias=False) if qk_norm else None for _ in "qk"
+            nn.RMSNorm(hidden_size // num_heads, LAYER_NORM_EPS) if qk_norm else None for _ in "qk"
         )
 
     def forward(
@@ -122,9 +123,9 @@ class Attention(nn.Module):
             parts = F.linear(x[:, :wanted], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
         return q, k, v
 
     @staticmethod
@@ -211,8 +212,15 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_encoder(tokens, read, places))
 
     def embed(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B T D"]:
-        """z_0 of equation 1: projected patches behind the class token, each with its position embedding. In training,
-        images may be smaller squares of whole patches: position embeddings are then resized to them each time."""
+        """z_0 of equation 1: projected patches behind the class token, each with its position embedding."""
+        return self.place(self.embed_patches(images))
+
+    def embed_patches(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B N D"]:
+        """x_p E of equation 1, for N patches. In training, images may be smaller squares of whole patches.
+
+        Raises:
+            BadInput: the images are not of the shape that the model was made for.
+        """
         size, cell = self.config.image_size, self.config.cell
         side = images.shape[-1]
         smaller = self.training and images.shape[1:] == (3, side, side) and side in range(cell, size, cell)
@@ -223,15 +231,20 @@ class VisionTransformer(nn.Module):
             shape = tuple(images.shape)
             raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
         # The hybrid cuts its patches out of a ResNet's feature map instead of the image (section 3.1).
-        tokens = self.patch_embedding(images if self.resnet is None else self.resnet(images))
+        return self.patch_embedding(images if self.resnet is None else self.resnet(images))
+
+    def place(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
+        """z_0 of embedded patches. Position embeddings are resized each time where the patches are those of images
+        smaller than the model's."""
+        side = math.isqrt(tokens.shape[1])
         if self.config.positions == "sincos":
             tokens = tokens + sincos_positions(tokens.shape[1], tokens.shape[2], tokens.device)
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         if self.position_embedding is not None:
             positions: Tensor = self.position_embedding
-            if smaller:
-                positions = resize_position_embedding(positions, 2 * (self.config.grid,), 2 * (side // cell,))
+            if side != self.config.grid:
+                positions = resize_position_embedding(positions, 2 * (self.config.grid,), 2 * (side,))
             tokens = tokens + positions
         if self.registers is not None:  # behind the class token
             front = self.config.num_prefix_tokens - self.config.registers

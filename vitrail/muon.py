@@ -1,4 +1,4 @@
-"""Muon: momentum, made orthogonal, for the matrices of the encoder; AdamW for all else.
+"""Muon: momentum, made orthogonal, for the matrices of the blocks; AdamW for all else.
 
 N matrices    R rows, at most as many as    C columns
 """
@@ -28,7 +28,8 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: parameter groups, with `lr` and `weight_decay`. With `parts`, each parameter is that many matrices below
             one another, and each of them is made orthogonal by itself: the queries, keys and values of `Attention` are
-            three. As one (3D, D) matrix, they would have D directions between them, which is another update.
+            three. As one (3D, D) matrix, they would have D directions between them, which is another update. The kernel
+            of a convolution is a matrix with a row for each channel of its output.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -56,7 +57,8 @@ class Muon(torch.optim.Optimizer):
                 continue
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for weight, momentum in zip(weights, self.nesterov(weights), strict=True):
-                for part, along in zip(weight.chunk(group["parts"]), momentum.chunk(group["parts"]), strict=True):
+                whole, ahead = weight.view(len(weight), -1), momentum.view(len(weight), -1)
+                for part, along in zip(whole.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True):
                     rows, columns = part.shape
                     rate = group["lr"] * math.sqrt(max(1, rows / columns))
                     wide = (part.T, along.T, rate) if rows > columns else (part, along, rate)

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from vitrail.muon import Muon
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 
-EMBEDDINGS = ("class_token", "registers", "position_embedding")
+EMBEDDINGS = ("class_token", "registers", "position_embedding", "mask_embedding")
+
+BLOCKS = ("blocks.", "resnet.stages.", "decoder_blocks.")
 
 
 def warmup_steps(recipe: Recipe, steps: int) -> int:
@@ -21,11 +23,11 @@ def warmup_steps(recipe: Recipe, steps: int) -> int:
 
 def learning_rate(recipe: Recipe, step: int, steps: int, peak: float | None = None) -> float:
     """The learning rate of a step, counted from 0: linear from 0 up to its peak (the recipe's `lr` if None), there
-    until the last `decay_share` of the steps behind the warm-up, then as the schedule goes, to 0."""
+    until the last `cooldown` of the steps behind the warm-up, then as the schedule goes, to 0."""
     peak, warmup = recipe.lr if peak is None else peak, warmup_steps(recipe, steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    fall = recipe.decay_share * (steps - warmup)  # steps that it takes
+    fall = recipe.cooldown * (steps - warmup)  # steps that it takes
     left = min(1.0, (steps - step) / max(1.0, fall))  # from 1 down to just above 0
     match recipe.schedule:
         case "constant":
@@ -41,15 +43,17 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     and, where Muon has them, of how many `parts` each consists.
 
     Decoupled decay (AdamW, Muon) spares biases, norms, scales and embeddings; Adam's and SGD's is L2 on everything, as
-    in the experiments that used it. Muon has the matrices of the encoder blocks.
+    in the experiments that used it. Muon has the matrices of the encoder blocks, and the kernels of a ResNet's; in
+    pre-training, where what is trained has the model for its `encoder`, also those of a decoder's blocks.
     """
     groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
+        name = name.removeprefix("encoder.")
         decoupled = recipe.optimizer in ("adamw", "muon")
         spared = decoupled and (weight.ndim == 1 or name in EMBEDDINGS)
-        hidden = recipe.optimizer == "muon" and name.startswith("blocks.") and weight.ndim == 2
+        hidden = recipe.optimizer == "muon" and name.startswith(BLOCKS) and weight.ndim > 1
         peak = (recipe.muon_lr if hidden else recipe.lr) * rate_scale(name, recipe)
         common = {"lr": peak, "peak": peak, "weight_decay": 0.0 if spared else recipe.weight_decay}
         if hidden:
@@ -70,11 +74,12 @@ def rate_scale(name: str, recipe: Recipe) -> float:
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the model's parameters. Momenta are the official code's: 0.9, and (0.9, 0.999); Muon
-    has its own."""
+    has its own, and so has AdamW in masked autoencoding (2111.06377, table 8)."""
     groups = parameter_groups(model, recipe)
     match recipe.optimizer:
         case "adamw":
-            return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+            second = 0.95 if recipe.objective == "pixels" else 0.999
+            return torch.optim.AdamW(groups, betas=(0.9, second), fused=True)
         case "adam":
             return torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
         case "sgd":

@@ -22,6 +22,11 @@ LABEL_HEIGHT = 17  # of one line of text beside it
 PIXELATED = 32  # images up to this side are shown as the squares that they are, not smoothed
 EXACT = 64  # images up to this side are embedded losslessly, larger ones as JPEG
 THUMBNAIL = 144  # longer side of the latter, in pixels
+LOSSES = {  # by objective, what is minimised
+    "classes": "cross-entropy, nats",
+    "patches": "cross-entropy of 512 colours, nats",
+    "pixels": "squared error of normalised pixels",
+}
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,20 @@ def resize_position_embedding(
     """Position embeddings for another image size (section 3.2): the grid bilinearly, corners aligned, as the official
     code does (checkpoint.py, SciPy's zoom of order 1); the class token's, where there is one, stays."""
     extra = embedding.shape[1] - grid[0] * grid[1]  # 1 with a class token, else 0
-    cells = embedding[:, extra:].reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    cells = F.interpolate(cells, new_grid, mode="bilinear", align_corners=True)
-    return torch.cat([embedding[:, :extra], cells.flatten(2).transpose(1, 2)], dim=1)
+    cells = embedding[:, extra:].unflatten(1, grid)  # (1, rows, columns, D)
+    down, across = (
+        linear_interpolation(old, new, embedding) for old, new in zip(grid, new_grid, strict=True)
+    )  # fmt: skip
+    # As matrix products: F.interpolate adds up its gradient in no fixed order on CUDA.
+    cells = torch.einsum("ir, jc, brcd -> bijd", down, across, cells)
+    return torch.cat([embedding[:, :extra], cells.flatten(1, 2)], dim=1)
+
+
+def linear_interpolation(old: int, new: int, like: Tensor) -> Float[Tensor, "new old"]:
+    """What each of `new` points, spread evenly from the first of `old` to the last, takes from each of these."""
+    at = torch.linspace(0, old - 1, new, dtype=torch.float64, device="cpu")
+    shares = 1 - (at[:, None] - torch.arange(old, device="cpu")).abs()
+    return shares.clamp(min=0).to(like)
 
 
 def grid(patches: int, device: torch.device) -> Int[Tensor, "N 2"]:
@@ -48,9 +59,9 @@ def sincos_positions(patches: int, width: int, device: torch.device) -> Float[Te
 def rotary_positions(
     config: ViTConfig, tokens: Float[Tensor, "B T D"], places: Int[Tensor, "_ N 2"] | None = None
 ) -> Rotation | None:
-    """What `rotate` takes to turn the patches among these tokens, and not what stands in front of them; None where the
-    config has positions of another kind. Half of a head's pairs of channels turn with the row, half with the column:
-    axial, as in 2403.13298.
+    """What `apply_rotary` takes to turn the patches among these tokens, and not what stands in front of them; None
+    where the config has positions of another kind. Half of a head's pairs of channels turn with the row, half with the
+    column: axial, as in 2403.13298.
 
     Args:
         config: of the model.
@@ -68,7 +79,7 @@ def rotary_positions(
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
 
 
-def rotate(x: Float[Tensor, "B H T K"], rotation: Float[Tensor, "2 _ 1 _ pairs"]) -> Float[Tensor, "B H T K"]:
+def apply_rotary(x: Float[Tensor, "B H T K"], rotation: Float[Tensor, "2 _ 1 _ pairs"]) -> Float[Tensor, "B H T K"]:
     """Queries or keys with their positions (2104.09864, section 3.4): each pair of neighbouring channels is turned by
     an angle of its token's, so that scores depend on how far apart two patches are, not on where they are."""
     cos, sin = rotation[..., : x.shape[2], :]  # queries may be those of the first tokens alone

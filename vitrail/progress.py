@@ -157,7 +157,6 @@ class TrainingDisplay:
         self.live = on_terminal()
         self.text = "starting"
         self.step, self.steps = 0, 1
-        self.began: tuple[float, int] | None = None  # when the first step that we saw was done, and which it was
         self.reported = time.monotonic()
         self.row = self._row  # one object, for a bound method is a new one each time
 
@@ -173,21 +172,18 @@ class TrainingDisplay:
             _screen.remove(self.row)
 
     def update(
-        self, step: int, steps: int, epoch: float, epochs: int, loss: float, accuracy: float, images_per_second: float
+        self, step: int, steps: int, epoch: float, epochs: int, learnt: str, images_per_second: float, left: float
     ) -> None:
-        """After a step: `step` of `steps`, `epoch` with its fraction, the latest loss and accuracy (0 to 1)."""
+        """After a step: `step` of `steps`, `epoch` with its fraction, in words what the latest steps gave, how fast
+        they were, and how many seconds are `left` at that rate."""
         now = time.monotonic()
         self.step, self.steps = step, steps
-        if self.began is None:
-            self.began = now, step
         if now - self.reported < (REDRAW if self.live else TRAINING_REPORT):
             return
         self.reported = now
-        began, first = self.began
-        left = f" · {duration((now - began) / (step - first) * (steps - step))} left" if step > first else ""
         self.text = (
-            f"step {step:,}/{steps:,} · epoch {epoch:.1f}/{epochs} · loss {loss:.3f} · accuracy {accuracy:.3f}"
-            f" · {images_per_second:,.0f} images/s{left}"
+            f"step {step:,}/{steps:,} · epoch {epoch:.1f}/{epochs} · {learnt}"
+            f" · {images_per_second:,.0f} images/s · {duration(left)} left"
         )
         if self.live:
             _screen.redraw()

@@ -25,11 +25,19 @@ from vitrail.errors import BadInput
 from vitrail.evaluate import CALIBRATION_BINS, calibration
 from vitrail.pictures import figures, moment, number, percent
 from vitrail.progress import duration
-from vitrail.recipes import Recipe
-from vitrail.views import samples, tiles
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.floating[Any]]
+from vitrail.scores import (
+    Answers,
+    Ints,
+    confident_mistakes,
+    confusion,
+    per_class,
+    rightest,
+    surest_of,
+    wilson,
+    worst_pairs,
+)
+from vitrail.settings import Recipe
+from vitrail.views import reconstructed, samples, tiles
 
 MATRIX = 20  # classes up to which a confusion matrix can be read
 PAIRS = 20  # confused pairs listed where there is no matrix,
@@ -42,7 +50,7 @@ VIEWS = 5  # views of each,
 SEEN_LIMIT = 300_000  # and characters that these take at most
 LAUNCH: dict[str, Any] = dict.fromkeys((
     "started", "command", "commit", "step", "vitrail", "python", "torch", "numpy", "pillow", "platform", "cpu",
-    "cores", "threads", "gpu",
+    "cores", "threads", "device", "gpu",
 ))  # fmt: skip
 
 
@@ -58,99 +66,7 @@ class Record:
     results: dict[str, Any] | None
     predictions: dict[str, NDArray[Any]] | None
     classes: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The class of each image (N,), the class that was said, and with what probability."""
-
-    label: Ints
-    said: Ints
-    confidence: Floats
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Which of them were right, (N,)."""
-        right: NDArray[np.bool_] = self.said == self.label
-        return right
-
-
-@dataclass(frozen=True)
-class Pair:
-    """`times` of the `of` images of class `label` were said to be of class `said`."""
-
-    label: int
-    said: int
-    times: int
-    of: int
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """One class: its images, how many were recognised, how often it was said, and what it was most taken for."""
-
-    label: int
-    count: int
-    right: int
-    said: int
-    mistaken_for: Pair | None
-
-
-# Figures
-
-
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for a share of `right` in `count` (Wilson 1927); z = 1.96 gives 95%."""
-    share, weight = right / count, z * z / count
-    centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def confusion(label: Ints, said: Ints, classes: int) -> Ints:
-    """Counts (classes, classes): row = the true class, column = the class said."""
-    return np.bincount(label * classes + said, minlength=classes * classes).reshape(classes, classes)
-
-
-def worst_pairs(counts: Ints, limit: int) -> list[Pair]:
-    """The confusions that happened most often; of equally frequent ones, first those of the smaller class."""
-    of = counts.sum(1)
-    pairs = [
-        Pair(int(a), int(b), int(counts[a, b]), int(of[a]))
-        for a, b in np.argwhere(counts > 0) if a != b
-    ]  # fmt: skip
-    return sorted(pairs, key=lambda p: (-p.times, p.of, p.label, p.said))[:limit]
-
-
-def per_class(counts: Ints) -> list[ClassRow]:
-    """Each class's figures out of the confusion counts, in the order of the classes."""
-    rows = []
-    for k, row in enumerate(counts):
-        others = np.where(np.arange(len(row)) == k, 0, row)
-        worst = int(others.argmax())
-        pair = Pair(k, worst, int(others[worst]), int(row.sum())) if others[worst] else None
-        rows.append(ClassRow(k, int(row.sum()), int(row[k]), int(counts[:, k].sum()), pair))
-    return rows
-
-
-def confident_mistakes(confidence: Floats, right: NDArray[np.bool_], limit: int) -> list[int]:
-    """Indices of the wrong predictions made with the highest confidence, the most confident first."""
-    order = np.argsort(-confidence, kind="stable")
-    return [int(i) for i in order[~right[order]][:limit]]
-
-
-def surest_of(answers: Answers, pair: Pair, limit: int) -> list[int]:
-    """Indices of the images that were so confused, the most confident first."""
-    chosen = np.flatnonzero((answers.label == pair.label) & (answers.said == pair.said))
-    return [int(i) for i in chosen[np.argsort(-answers.confidence[chosen], kind="stable")][:limit]]
-
-
-def rightest(confidence: Floats, right: NDArray[np.bool_], label: Ints, limit: int) -> list[int]:
-    """Indices of the right predictions made with the highest confidence, at most one of each class."""
-    order = np.argsort(-confidence, kind="stable")
-    order = order[right[order]]
-    _, first = np.unique(label[order], return_index=True)
-    return [int(i) for i in order[np.sort(first)][:limit]]
+    reconstructions: dict[str, NDArray[Any]] | None = None  # of pre-training, which has no predictions
 
 
 # Reading
@@ -165,14 +81,18 @@ def read(run: Path) -> Record:
     opened = Run.open(run)
     resolved = opened.recipe() if opened.trained else None
     recipe = _parsed(run / "recipe.yaml", yaml.safe_load) or {"recipe": run.resolve().name, "settings": {}}
+    begun_with = {"from": recipe["from"]} if "from" in recipe else {}  # weights, shown like a setting
     config = _parsed(run / "model" / "config.json", json.loads)
     results = _parsed(run / "results.json", json.loads)
-    scored = run / "predictions.safetensors"
+    predictions, reconstructions = (
+        load_file(path) if results and path.is_file() else None
+        for path in (run / "predictions.safetensors", run / "reconstructions.safetensors")
+    )
     return Record(
-        recipe["recipe"], recipe["settings"], resolved.recipe if resolved else None,
+        recipe["recipe"], begun_with | recipe["settings"], resolved.recipe if resolved else None,
         [LAUNCH | launch for launch in (_parsed(run / "environment.json", json.loads) or {}).get("launches", [])],
-        _epochs(run / "metrics.jsonl"), results, load_file(scored) if results and scored.is_file() else None,
-        tuple(config["classes"]) if config else None,
+        _epochs(run / "metrics.jsonl"), results, predictions, tuple(config["classes"]) if config else None,
+        reconstructions,
     )  # fmt: skip
 
 
@@ -234,6 +154,7 @@ def _templates() -> jinja2.Environment:
 def render(record: Record, dataset: Dataset | None, *, its_own: bool = True) -> str:
     """The page as HTML. `its_own`: nothing says that the data set is another than the run was trained on."""
     split = _split(record, dataset)
+    objective = record.recipe.objective if record.recipe else "classes"
     scored = _scored(record, dataset, split)
     return fill(
         "report.html", record=record, results=record.results, split=split,
@@ -241,8 +162,11 @@ def render(record: Record, dataset: Dataset | None, *, its_own: bool = True) -> 
         last=record.epochs[-1] if record.epochs else None,
         launch=record.launches[-1] if record.launches else LAUNCH,
         train_count=len(dataset.splits["train"]) if dataset and "train" in dataset.splits else None,
+        judged_count=len(dataset.splits[split]) if dataset and split in dataset.splits else None,
         meaning={f.name: f.metadata["help"] for f in dataclasses.fields(Recipe)},
-        charts=_charts(record.epochs, split), interval=_interval(record.results),
+        charts=_charts(record.epochs, split, pictures.LOSSES[objective]), interval=_interval(record.results),
+        objective=objective, loss=pictures.LOSSES[objective],
+        reconstructed=reconstructed(record.reconstructions) if record.reconstructions else [],
         scored=scored, bins=CALIBRATION_BINS,
         seen=_seen(record, dataset) if its_own and not (scored and scored["no_pictures"]) else [],
     )  # fmt: skip
@@ -264,10 +188,11 @@ def _dataset_name(record: Record) -> str:
 
 
 def _interval(results: dict[str, Any] | None) -> tuple[float, float] | None:
-    return wilson(round(results["top1"] * results["count"]), results["count"]) if results else None
+    told = results and "top1" in results
+    return wilson(round(results["top1"] * results["count"]), results["count"]) if results and told else None
 
 
-def _charts(epochs: list[dict[str, Any]], split: str) -> list[pictures.Chart]:
+def _charts(epochs: list[dict[str, Any]], split: str, loss: str) -> list[pictures.Chart]:
     if not epochs:
         return []
     which = [row["epoch"] for row in epochs]
@@ -279,10 +204,10 @@ def _charts(epochs: list[dict[str, Any]], split: str) -> list[pictures.Chart]:
         pictures.chart("Accuracy", [curve("train_accuracy", "train", "train"), curve("val_top1", split, "held")],
                        percent, write_tick=lambda share: f"{100 * share:g}%", top=1.0),
         pictures.chart("Loss", [curve("train_loss", "train", "train"), curve("val_loss", split, "held")],
-                       figures, unit="cross-entropy, nats"),
+                       figures, unit=loss),
         pictures.chart("Learning rate", [curve("lr", "", "plain")], "{:.3g}".format, height=110),
         pictures.chart("Speed", [curve("images_per_second", "", "plain")], number,
-                       unit="images/s, since the start", height=110),
+                       unit="images/s of each epoch", height=110),
     ]  # fmt: skip
     return [chart for chart in charts if chart is not None]
 

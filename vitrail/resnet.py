@@ -1,5 +1,6 @@
 """The ResNet in front of the hybrid's Transformer (section 3.1, "Hybrid Architecture"), as the official code has it
-(models_resnet.py): BiT's, with GroupNorm and weight-standardised convolutions (arXiv 1912.11370), activations last.
+(models_resnet.py): BiT's, with GroupNorm and weight-standardised convolutions (arXiv 1912.11370), activations last. Of
+the same parts, `ResNetClassifier` is the CNN to compare the Vision Transformer with, as the paper does (section 4.1).
 
     B batch    W width of a stage    h, w sides of a feature map
 
@@ -8,16 +9,58 @@ padding is symmetric and sees other pixels.
 """
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.errors import BadInput
 
 GROUPS = 32
 GROUP_NORM_EPS = 1e-6
 ROOT_WIDTH = 64
 EXPANSION = 4  # a bottleneck's output is this many times as wide as its middle
+POOLED_FROM = 128  # pixels; a root that divides the sides by 4 would leave little of smaller images
+MOST = 1 << 17  # of anything: more is a mistake, or a file that would have us take a terabyte
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The shape of a `ResNetClassifier`. The defaults are ResNet-18's (1512.03385, table 1).
+
+    Raises:
+        BadInput: there is no such model; the message says what would do.
+    """
+
+    image_size: int = 224
+    num_classes: int = 1000
+    width: int = ROOT_WIDTH  # channels of the root and the first stage; each stage after it has twice as many
+    blocks: tuple[int, ...] = (2, 2, 2, 2)  # of each stage
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "num_classes", "width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= MOST:
+                raise BadInput(f"{name} is {value!r:.60}; it must be a whole number from 1 to {MOST:,}.")
+        if self.width % GROUPS:
+            raise BadInput(f"a ResNet {self.width} wide cannot be; its norms need a multiple of {GROUPS}.")
+        blocks: list[Any] = list(self.blocks)  # from a file, it may be anything
+        if not 1 <= len(blocks) <= 6 or not all(isinstance(count, int) and 1 <= count <= 100 for count in blocks):
+            raise BadInput(f"a ResNet with stages of {blocks!r:.60} cannot be; take 1 to 6 stages of 1 to 100 blocks.")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the root divides the sides of the image by 4."""
+        return self.image_size >= POOLED_FROM
+
+    @property
+    def features(self) -> int:
+        """W of the last stage, which the head reads."""
+        return self.width << (len(self.blocks) - 1)
 
 
 def out_channels(blocks: tuple[int, ...]) -> int:
@@ -68,14 +111,15 @@ class StdConv(nn.Conv2d):
 class Bottleneck(nn.Module):
     """Three convolutions beside a shortcut, which is projected where the shape changes."""
 
+    expansion = EXPANSION
+
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         out = width * EXPANSION
         self.conv1, self.norm1 = StdConv(channels, width, 1), group_norm(width)
         self.conv2, self.norm2 = StdConv(width, width, 3, stride), group_norm(width)
         self.conv3, self.norm3 = StdConv(width, out, 1), group_norm(out)
-        projected = channels != out or stride > 1
-        self.projection = nn.Sequential(StdConv(channels, out, 1, stride), group_norm(out)) if projected else None
+        self.projection = projection(channels, out, stride)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B W _h _w"]:
         shortcut = x if self.projection is None else self.projection(x)
@@ -84,31 +128,63 @@ class Bottleneck(nn.Module):
         return F.relu(shortcut + self.norm3(self.conv3(x)))
 
 
+class BasicBlock(nn.Module):
+    """Two convolutions beside a shortcut, which is projected where the shape changes (1512.03385, figure 5, left)."""
+
+    expansion = 1
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = StdConv(channels, width, 3, stride), group_norm(width)
+        self.conv2, self.norm2 = StdConv(width, width, 3), group_norm(width)
+        self.projection = projection(channels, width, stride)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B W _h _w"]:
+        shortcut = x if self.projection is None else self.projection(x)
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(shortcut + self.norm2(self.conv2(x)))
+
+
 class ResNet(nn.Module):
     """Images → feature map. The root divides each side by 4; each stage after the first by 2 again.
 
     Args:
-        blocks: bottlenecks of each stage; () for the root alone.
+        blocks: how many there are in each stage; () for the root alone.
+        block: which they are.
+        width: channels of the root.
+        pooled: if not, the root is a single 3×3 convolution that leaves the sides as they are.
     """
 
-    def __init__(self, blocks: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        block: type[Bottleneck] | type[BasicBlock] = Bottleneck,
+        width: int = ROOT_WIDTH,
+        pooled: bool = True,
+    ) -> None:
         super().__init__()
-        self.root, self.norm = StdConv(3, ROOT_WIDTH, 7, stride=2), group_norm(ROOT_WIDTH)
+        self.pooled = pooled
+        self.root, self.norm = StdConv(3, width, *((7, 2) if pooled else (3, 1))), group_norm(width)
         self.stages = nn.ModuleList()
-        channels = ROOT_WIDTH
+        channels = width
         for stage, count in enumerate(blocks):
-            width = ROOT_WIDTH * 2**stage
             units = []
             for unit in range(count):
-                units.append(Bottleneck(channels, width, 2 if stage and not unit else 1))
-                channels = width * EXPANSION
+                units.append(block(channels, width << stage, 2 if stage and not unit else 1))
+                channels = (width << stage) * block.expansion
             self.stages.append(nn.Sequential(*units))
 
-    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B W h w"]:
+    def forward(
+        self, images: Float[Tensor, "B 3 height width"], checkpointed: bool = False
+    ) -> Float[Tensor, "B W h w"]:
+        """The feature map. `checkpointed` keeps only what enters each block for the backward pass."""
         x = F.relu(self.norm(self.root(images)))
-        x = F.max_pool2d(pad_same(x, 3, 2, -torch.inf), 3, stride=2)
+        if self.pooled:
+            x = F.max_pool2d(pad_same(x, 3, 2, -torch.inf), 3, stride=2)
         for stage in self.stages:
-            x = stage(x)
+            assert isinstance(stage, nn.Sequential)  # for the type checker: a ModuleList forgets
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
         return x
 
     @torch.no_grad()
@@ -119,6 +195,86 @@ class ResNet(nn.Module):
                 lecun_normal_(module)
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.norm3.weight)
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.norm2.weight)
+
+
+class ResNetClassifier(nn.Module):
+    """A ResNet of basic blocks, the mean over its feature map, and a linear head: the CNN of the paper's comparison,
+    "ResNet (BiT)" (section 4.1), in the size that fits small images. Blocks and norms are the hybrid's. Images below
+    128 pixels have a 3×3 root at stride 1, without pooling, as ResNets for CIFAR do (1512.03385, section 4.2).
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Keep only what enters each block, and compute the rest again in the backward pass: less memory, more time.
+        self.checkpoint_activations = False
+        self.resnet = ResNet(config.blocks, BasicBlock, config.width, config.pooled)
+        self.head = nn.Linear(config.features, config.num_classes)
+        self.initialise()
+
+    def forward(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B classes"]:
+        """Logits of normalised images.
+
+        Raises:
+            BadInput: the images are not of the shape that the model was made for.
+        """
+        return self.head(self.features(images))
+
+    def features(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B W"]:
+        """What the head reads: the mean over the last feature map. In training, images may be smaller squares.
+
+        Raises:
+            BadInput: as `forward`.
+        """
+        size, shape = self.config.image_size, tuple(images.shape)
+        smaller = self.training and shape[2] == shape[3] < size
+        if shape[1] != 3 or not (smaller or shape[2:] == (size, size)):
+            mend = "resize them, or load the model with image_size=…"
+            if shape[1] != 3:
+                mend = "repeat a grey channel three times, or drop transparency"
+            raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
+        return self.resnet(images, self.training and self.checkpoint_activations).mean(dim=(2, 3))
+
+    def resize(self, image_size: int) -> None:
+        """Make the model one for images of another size.
+
+        Raises:
+            BadInput: images of that size have another root.
+        """
+        config = replace(self.config, image_size=image_size)
+        if config.pooled != self.config.pooled:
+            its, there = ("from", "below") if self.config.pooled else ("below", "from")
+            raise BadInput(
+                f"a ResNet for images {its} {POOLED_FROM} pixels has another root than one for images {there} that: "
+                f"it cannot be made one for images of {image_size} pixels."
+            )
+        self.config = config
+
+    def replace_head(self, num_classes: int) -> None:
+        """Put a new head of zeros on."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.head = nn.Linear(self.config.features, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Initial weights as in the official code: those of `ResNet`, and a head of zeros."""
+        self.resnet.initialise()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+def projection(channels: int, width: int, stride: int) -> nn.Sequential | None:
+    """What a shortcut goes through; None where it is of the shape that the block gives."""
+    if channels == width and stride == 1:
+        return None
+    return nn.Sequential(StdConv(channels, width, 1, stride), group_norm(width))
 
 
 def group_norm(width: int) -> nn.GroupNorm:

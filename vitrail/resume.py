@@ -21,9 +21,19 @@ class Progress:
     loss: float = 0.0  # sum over this epoch's steps
     correct: int = 0  # images of this epoch
     counted: int = 0  # steps of this epoch
+    epoch_seconds: float = 0.0  # of `train_seconds`, those of this epoch
     parts: int = 1  # that each batch is worked through in since memory ran out
     peak_memory: int = 0  # bytes, the most of any stretch
     wall_seconds: float = 0.0  # of all stretches up to their last checkpoint: images, evaluation and saving included
+
+    def spend(self, seconds: float) -> None:
+        """Count seconds that steps took."""
+        self.train_seconds += seconds
+        self.epoch_seconds += seconds
+
+    def begin_epoch(self) -> None:
+        """Start the count of another epoch."""
+        self.loss, self.correct, self.counted, self.epoch_seconds = 0.0, 0, 0, 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """As it is kept in the checkpoint."""
@@ -35,8 +45,7 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
 
     Args:
         name: the recipe that the run must be of; any if None.
-        output: the run folder; if None, the one in `runs/` with the latest checkpoint among those without results, or
-            among all of them.
+        output: the run folder; if None, the `latest`.
         settings: what is set now, which must agree with the run.
 
     Raises:
@@ -45,12 +54,7 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
     if name is not None:
         resolve(name)  # a mistyped name is answered with the nearest, not with an absence of runs
     if output is None:
-        states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
-        runs = [Run(state.parent.parent) for state in states]
-        runs = [run for run in runs if name is None or run.recipe().name == name]
-        if not runs:
-            raise BadInput(f"there is no run{f' of {name}' if name else ''} in runs/; say which with --output RUN.")
-        output = next((run for run in reversed(runs) if not (run.path / "results.json").is_file()), runs[-1]).path
+        output = latest(name, pretrained=settings.get("objective", "classes") != "classes")
     run = Run.open(output)
     resolved = run.recipe()
     if name is not None and resolved.name != name:
@@ -64,6 +68,25 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
                 f"leave --{setting.replace('_', '-')} out, or train anew."
             )
     return run, resolved
+
+
+def latest(name: str | None, *, pretrained: bool) -> Path:
+    """The folder in `runs/` with the latest checkpoint among those without results, or among all of them; of the recipe
+    of that name, if it is not None, and only of runs that learn labels, or only of runs without (`pretrained`).
+
+    Raises:
+        BadInput: there is none.
+    """
+    states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
+    found = [(Run(state.parent.parent), Run(state.parent.parent).recipe()) for state in states]
+    runs = [
+        run.path for run, of in found
+        if name in (None, of.name) and pretrained == (of.recipe.objective != "classes")
+    ]  # fmt: skip
+    if not runs:
+        what = f"{'pre-training ' if pretrained else ''}run{f' of {name}' if name else ''}"
+        raise BadInput(f"there is no {what} in runs/; say which with --output RUN.")
+    return next((path for path in reversed(runs) if not (path / "results.json").is_file()), runs[-1])
 
 
 def check_images(run: Run, then: Progress, now: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from vitrail.archives import SUFFIXES
 from vitrail.errors import BadInput
 from vitrail.report import Record, read
+from vitrail.settings import SIZES
 
 # Settings that do not make a run another: which images and which machine it had, whatever they were called, is known.
 ELSEWHERE = {"data", "device"}
@@ -88,8 +89,12 @@ class Entry:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting; those that there were not yet when it was trained have their defaults."""
-        return asdict(self.record.recipe) if self.record.recipe else {}
+        """Every setting, and the weights that it began with, None for random ones; settings that there were not yet
+        when it was trained have their defaults, and sizes that its model does not have are None."""
+        if (recipe := self.record.recipe) is None:
+            return {}
+        begun = {"from": self.record.settings.get("from", {}).get("value")}
+        return begun | asdict(recipe) | (dict.fromkeys(SIZES) if recipe.architecture != "vit" else {})
 
     @property
     def judged(self) -> Judged | None:
@@ -232,10 +237,11 @@ def _all_but_the_seed(entry: Entry) -> str:
     """What runs of one row have in common."""
     if entry.log or not entry.finished:
         return str(entry.where)
-    settings = {name: value for name, value in entry.settings.items() if name not in {"seed", *ELSEWHERE}}
+    settings = {name: value for name, value in entry.settings.items() if name not in {"from", "seed", *ELSEWHERE}}
     judged = entry.judged
     assert judged is not None
-    return repr((settings, judged.split, judged.classes, entry.figures["epochs"], entry.hardware))
+    weights = entry.record.settings.get("from", {}).get("digest")
+    return repr((settings, weights, judged.split, judged.classes, entry.figures["epochs"], entry.hardware))
 
 
 def _names(groups: Sequence[Sequence[Entry]]) -> list[str]:

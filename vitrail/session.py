@@ -16,10 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, read_about, write_tensors, write_text
+from vitrail.config import HALF, Colours
+from vitrail.environment import program
 from vitrail.errors import Diverged, Stopped
-from vitrail.evaluate import Predictions, figures, predict_split
-from vitrail.model import VisionTransformer
+from vitrail.evaluate import Judgement, judge_classes, predict_split
+from vitrail.models import Model
 from vitrail.optimize import RunningAverage, learning_rate
+from vitrail.pretraining import Pretraining, Trainee, judge_reconstruction
 from vitrail.process import peak_memory
 from vitrail.progress import TrainingDisplay, say
 from vitrail.recipes import Resolved
@@ -45,7 +48,7 @@ class Session:
     run: Run
     resolved: Resolved
     dataset: Dataset
-    model: VisionTransformer
+    model: Trainee
     optimizer: torch.optim.Optimizer
     average: RunningAverage
     progress: Progress
@@ -54,24 +57,40 @@ class Session:
     counted_until: (
         float  # the time, by `time.perf_counter`, up to which `progress.wall_seconds` counts; at first, the start
     )
+    mean: Colours = HALF  # what images are normalised by
+    std: Colours = HALF
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
-    images_per_second: float = 0.0
+    images_per_second: float = 0.0  # of the latest steps
+    evaluation_seconds: float = 0.0  # that the last one took
 
     def __post_init__(self) -> None:
         self.recipe = self.resolved.recipe
         train, judged = self.dataset.splits["train"], self.dataset.splits[self.dataset.evaluation]
         pixels = Pixels(train, self.recipe.image_size, self.device)
         same_bytes = pixels if judged.pixels is train.pixels else None
-        self.batches = TrainingBatches(pixels, self.recipe)
+        self.batches = TrainingBatches(pixels, self.recipe, self.mean, self.std)
         self.batches.divided_by = max(self.recipe.accumulate, self.progress.parts)
         self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
-        self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.parameters = sum(weight.numel() for weight in self.shipped.parameters())
         self.saved = self.read = time.perf_counter()
+
+    @property
+    def shipped(self) -> Model:
+        """The model that the run is for: what pre-training needs beside it stays behind."""
+        return self.model.encoder if isinstance(self.model, Pretraining) else self.model
 
     @property
     def samples_seen(self) -> int:
         """Images that the steps done have taken, each as often as it came."""
         return self.progress.step * self.recipe.batch_size
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end of the run, at the rate of the latest steps and of the last evaluation."""
+        progress, recipe = self.progress, self.recipe
+        images = (self.batches.steps - progress.step) * recipe.batch_size
+        evaluations = recipe.epochs * (1 - progress.step / self.batches.steps)
+        return images / self.images_per_second + evaluations * self.evaluation_seconds
 
     def announce(self) -> None:
         """Say what is trained on what, and where it goes."""
@@ -96,7 +115,7 @@ class Session:
         # A checkpoint between an epoch's last step and its evaluation still counts steps of that epoch.
         at = progress.step - (progress.counted > 0)
         epochs_done = next((e for e in range(last_epoch) if batches.first_step(e + 1) > at), last_epoch)
-        predictions: Predictions | None = None
+        judgement: Judgement | None = None
         if at and epochs_done == last_epoch:
             say(f"its {last_epoch} epochs are done: nothing is trained, its figures and page are written anew")
         self.run.go_back(at)
@@ -106,9 +125,9 @@ class Session:
             for epoch in range(epochs_done, last_epoch):
                 self.train_epoch(epoch, display, stopped)
                 if progress.counted:  # where a batch holds more images than there are, some epochs have no step
-                    predictions = self.end_epoch(epoch, display, events)
+                    judgement = self.end_epoch(epoch, display, events)
         self.save(page=False)  # which is written with the figures
-        return self.finish(predictions if predictions is not None else self.evaluate())
+        return self.finish(judgement if judgement is not None else self.evaluate())
 
     def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
         """The steps of an epoch (from 0) that are still to be done."""
@@ -119,7 +138,7 @@ class Session:
             if stopped:
                 if self.pending:  # the signal came after they were looked for
                     self.read_outcomes()
-                    progress.train_seconds += time.perf_counter() - began
+                    progress.spend(time.perf_counter() - began)
                 self.save()
                 self.stop(stopped[0])
             self.pending.append(train_step(self.model, self.optimizer, batches, step))
@@ -129,10 +148,13 @@ class Session:
             to_save = now - self.saved >= self.checkpoint_every
             if to_save or progress.step == end or now - self.read >= READ_EVERY or stopped:
                 loss, accuracy = self.read_outcomes()  # which waits for the device, and so belongs to the time
-                progress.train_seconds += time.perf_counter() - began
+                progress.spend(time.perf_counter() - began)
                 epochs = progress.step / batches.steps * recipe.epochs
+                learnt = f"loss {loss:.3f}"
+                if not isinstance(self.model, Pretraining):
+                    learnt += f" · accuracy {accuracy:.3f}"
                 display.update(
-                    progress.step, batches.steps, epochs, recipe.epochs, loss, accuracy, self.images_per_second
+                    progress.step, batches.steps, epochs, recipe.epochs, learnt, self.images_per_second, self.left
                 )
                 if to_save:
                     self.save()
@@ -160,45 +182,53 @@ class Session:
         self.progress.counted += len(outcomes)
         return losses / len(outcomes), correct / (len(outcomes) * self.recipe.batch_size)
 
-    def end_epoch(self, epoch: int, display: TrainingDisplay, events: SummaryWriter) -> Predictions:
+    def end_epoch(self, epoch: int, display: TrainingDisplay, events: SummaryWriter) -> Judgement:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
         progress, recipe = self.progress, self.recipe
-        predictions = self.evaluate()
-        found = figures(predictions, self.dataset.classes)
-        if not math.isfinite(found.loss):
-            self.diverged(f"the {self.dataset.evaluation} loss is {found.loss} after step {progress.step}")
+        began = time.perf_counter()
+        judgement = self.evaluate()
+        self.evaluation_seconds = time.perf_counter() - began
+        found = judgement.curves
+        if not math.isfinite(found["loss"]):
+            self.diverged(f"the {self.dataset.evaluation} loss is {found['loss']} after step {progress.step}")
+        accuracy = progress.correct / (progress.counted * recipe.batch_size)
         metrics = {
             "epoch": epoch + 1,
             "step": progress.step,
             "samples_seen": self.samples_seen,
             "lr": learning_rate(recipe, progress.step - 1, self.batches.steps),
             "train_loss": progress.loss / progress.counted,
-            "train_accuracy": progress.correct / (progress.counted * recipe.batch_size),
-            "val_loss": found.loss,
-            "val_top1": found.top1,
-            "val_top5": found.top5,
+            **({} if isinstance(self.model, Pretraining) else {"train_accuracy": accuracy}),
+            **{f"val_{name}": value for name, value in found.items()},
             "train_seconds": progress.train_seconds,
-            "images_per_second": self.samples_seen / progress.train_seconds,
+            "images_per_second": progress.counted * recipe.batch_size / progress.epoch_seconds,
             "input_share": progress.input_seconds / progress.train_seconds,
         }
         self.run.add_metrics(metrics)
         for name, value in metrics.items():
             events.add_scalar(name, value, progress.step)
         events.flush()
+        top1 = f"top-1 {found['top1']:.4f}  " if "top1" in found else ""
         display.line(
             f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
-            f"{found.loss:.4f}  top-1 {found.top1:.4f}  {metrics['images_per_second']:,.0f} images/s, "
+            f"{found['loss']:.4f}  {top1}{metrics['images_per_second']:,.0f} images/s, "
             f"input {metrics['input_share']:.1%}"
         )
-        progress.loss, progress.correct, progress.counted = 0.0, 0, 0
-        return predictions
+        progress.begin_epoch()
+        return judgement
 
-    def evaluate(self) -> Predictions:
-        """Predictions for the evaluated split by the weights as they are, or by their running average."""
+    def evaluate(self) -> Judgement:
+        """What the evaluated split says of the weights as they are, or of their running average."""
         with self.average.in_place():
-            predictions = predict_split(self.model, self.judged, precision=self.recipe.precision)
+            if isinstance(self.model, Pretraining):
+                judgement = judge_reconstruction(self.model, self.judged, self.recipe)
+            else:
+                predictions = predict_split(
+                    self.model, self.judged, precision=self.recipe.precision, mean=self.mean, std=self.std
+                )
+                judgement = judge_classes(predictions, self.dataset.classes)
         self.model.train()
-        return predictions
+        return judgement
 
     def save(self, *, page: bool = True) -> None:
         """Make a checkpoint, write the weights to ship, and the page as it is so far, if the weights are finite.
@@ -211,7 +241,7 @@ class Session:
                 self.diverged(f"{name} is no longer finite after step {self.progress.step}")
         self.count()
         with self.average.in_place():
-            self.run.save_model(self.model, self.dataset.classes)
+            self.run.save_model(self.shipped, self.dataset.classes, self.mean, self.std)
         self.run.save_state(self.model, self.optimizer, self.average.weights, self.progress.as_dict())
         if page:
             write_report(self.run.path, self.dataset)
@@ -237,20 +267,19 @@ class Session:
         """End this stretch because a signal came; the state was saved just before."""
         raise Stopped(
             f"stopped at step {self.progress.step} of {self.batches.steps}; go on with: "
-            f"vitrail train --resume --output {shlex.quote(str(self.run.path))}",
+            f"{program()} train --resume --output {shlex.quote(str(self.run.path))}",
             128 + number,
         )
 
-    def finish(self, predictions: Predictions) -> Result:
-        """Write the figures of the last weights, the predictions behind them, and the report."""
+    def finish(self, judgement: Judgement) -> Result:
+        """Write the figures of the last weights, what is behind them, and the report."""
         self.count()
         progress, recipe = self.progress, self.recipe
-        found = figures(predictions, self.dataset.classes).as_dict()
         results = {
             "recipe": self.resolved.name,
             "dataset": self.dataset.name,
             "split": self.dataset.evaluation,
-            **found,
+            **judgement.results,
             "parameters": self.parameters,
             "epochs": max(e for e in range(recipe.epochs + 1) if self.batches.first_step(e) <= progress.step),
             "epochs_planned": recipe.epochs,
@@ -264,9 +293,9 @@ class Session:
             "precision": recipe.precision,
             "seed": recipe.seed,
         }
-        results["per_class"] = results.pop("per_class")  # last, for it is long
-        arrays = {name: torch.from_numpy(array) for name, array in predictions.arrays().items()}
-        write_tensors(self.run.path / "predictions.safetensors", arrays)
+        if "per_class" in results:
+            results["per_class"] = results.pop("per_class")  # last, for it is long
+        write_tensors(self.run.path / f"{judgement.name}.safetensors", judgement.arrays)
         write_text(self.run.path / "results.json", json.dumps(results, indent=2) + "\n")
         write_report(self.run.path, self.dataset)
         return Result(self.run.path, results)

@@ -1,4 +1,4 @@
-"""The commands that show what is there: data sets, and runs side by side."""
+"""The commands that show what is there: data sets, runs side by side, and a model drawn."""
 
 import argparse
 import dataclasses
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vitrail.arguments import Parser, add_json, add_setting, one_of, shown
+from vitrail.arguments import Parser, add_json, add_setting, at_least_one, one_of, shown
 from vitrail.errors import BadInput
-from vitrail.recipes import RECIPES, Recipe, resolve
+from vitrail.recipes import RECIPES, resolve
+from vitrail.settings import Recipe
 from vitrail.tables import as_json, markdown, rendered
 
 IMAGES, VIEWS = 8, 8  # on the picture of what augmentation makes of them
@@ -106,6 +107,31 @@ def do_compare(args: argparse.Namespace) -> str:
         said.append(markdown(("setting that differs", *(f"`{row.name}`" for row in having)), values))
     say(f"look at  {args.output}")
     return "\n\n".join(said)
+
+
+def take_draw(parser: Parser, argv: Sequence[str]) -> None:
+    """What is drawn, and where it goes."""
+    what = "a name from vitrail variants, a run folder, or anything else that vitrail import takes"
+    parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("--output", type=Path, metavar="FILE", required=True, help="an SVG, such as model.svg")
+    parser.add_argument("--image", type=Path, metavar="IMAGE", help="what is cut into patches (a stained-glass window)")
+    size = "side of the images, in pixels (the run's; 224 for a name)"
+    parser.add_argument("--image-size", type=at_least_one, metavar="N", help=size)
+
+
+def do_draw(args: argparse.Namespace) -> str:
+    """Draw a model as the paper's figure 1 does."""
+    if args.output.suffix.lower() != ".svg":
+        raise BadInput(f"{args.output} would be an SVG; call it {args.output.with_suffix('.svg')}.")
+    from vitrail.checkpoint import write_text
+    from vitrail.drawing import MARK, draw, named
+    from vitrail.evaluate import read_files
+
+    check_output(args.output, MARK, "model.svg")
+    model, name, classes = named(args.model, args.image_size)
+    image = read_files([args.image], model.config.image_size).image(0) if args.image else None
+    write_text(args.output, draw(model, name, classes, image))
+    return str(args.output)
 
 
 def check_output(path: Path, mark: str, example: str) -> None:

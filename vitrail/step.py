@@ -7,19 +7,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.batches import Targets, TrainingBatches, stream_seed
-from vitrail.model import VisionTransformer
+from vitrail.batches import Targets, TrainingBatches, generator, stream_seed
 from vitrail.optimize import learning_rate
+from vitrail.pretraining import Masks, Pretraining, Trainee, draw_masks
 from vitrail.progress import say
-from vitrail.recipes import Recipe
+from vitrail.settings import Recipe
 
 
 def train_step(
-    model: VisionTransformer, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
+    model: Trainee, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
 ) -> Float[Tensor, "2"]:
     """One step: the learning rates, the gradient of the mean loss over the batch, an update of the weights.
 
-    Returns the loss and the number of images recognised, still on the device, so that nothing waits for them.
+    Returns the loss and the number of images recognised (none in pre-training), still on the device, so that nothing
+    waits for them.
 
     Raises:
         BadInput: the device's memory does not hold what one image takes.
@@ -44,7 +45,7 @@ def train_step(
     return outcome
 
 
-def gradient(model: VisionTransformer, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
+def gradient(model: Trainee, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
     """Leave the gradient of the mean loss over the step's batch in the weights; it does not depend on how many parts
     the batch is divided into, but for rounding, and for what dropout, stochastic depth and patch dropout draw anew for
     each part.
@@ -54,13 +55,24 @@ def gradient(model: VisionTransformer, batches: TrainingBatches, step: int) -> F
     recipe, device = batches.recipe, batches.pixels.device
     torch.manual_seed(stream_seed(recipe.seed, "dropout", step))
     outcome = torch.zeros(2, device=device)
-    for images, targets in batches.parts(step):
+    masks = step_masks(batches, step) if isinstance(model, Pretraining) else None
+    size = recipe.batch_size // batches.divided_by
+    for part, (images, targets) in enumerate(batches.parts(step)):
+        hidden = () if masks is None else (masks.part(slice(part * size, (part + 1) * size)),)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            logits = model(images)
-        loss = mean_loss(logits.float(), targets, recipe) / batches.divided_by
+            answers = model(images, *hidden).float()  # a loss for each image in pre-training, else logits
+        loss = (answers.mean() if hidden else mean_loss(answers, targets, recipe)) / batches.divided_by
         loss.backward()
-        outcome += torch.stack([loss.detach(), (logits.detach().argmax(1) == targets.labels).sum()])
+        correct = outcome.new_zeros(()) if hidden else (answers.detach().argmax(1) == targets.labels).sum()
+        outcome += torch.stack([loss.detach(), correct])
     return outcome
+
+
+def step_masks(batches: TrainingBatches, step: int) -> Masks:
+    """What a step of pre-training hides of its whole batch: a function of the seed and the step."""
+    recipe = batches.recipe
+    patches, random = (batches.size(step) // recipe.patch_size) ** 2, generator(recipe.seed, "masks", step)
+    return draw_masks(recipe, recipe.batch_size, patches, random).to(batches.pixels.device)
 
 
 def mean_loss(logits: Float[Tensor, "b classes"], targets: Targets, recipe: Recipe) -> Float[Tensor, ""]:

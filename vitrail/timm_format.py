@@ -29,7 +29,7 @@ from vitrail.formats import (
     to_ours,
     to_theirs,
 )  # fmt: skip
-from vitrail.recipes import Classifier
+from vitrail.settings import Classifier
 
 MEND = (
     "load it with timm's create_model(…, pretrained=True), then timm.models.save_for_hf(model, FOLDER, "

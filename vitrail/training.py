@@ -1,7 +1,7 @@
 """A whole training run, from a recipe to its page."""
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ from vitrail.environment import describe
 from vitrail.errors import BadInput
 from vitrail.evaluate import pick_device
 from vitrail.model import VisionTransformer
-from vitrail.optimize import RunningAverage, build_optimizer
-from vitrail.process import deterministic, keep_freed_memory, stop_signals
-from vitrail.recipes import Recipe, resolve
-from vitrail.resume import Progress, check_images, compare_launches, take_up
+from vitrail.models import Model
+from vitrail.optimize import RunningAverage, build_optimizer, warmup_steps
+from vitrail.pretraining import Trainee, decoder_config, with_objective
+from vitrail.process import deterministic, faster_precision, keep_freed_memory, stop_signals
+from vitrail.recipes import FINE_TUNE, Resolved, resolve
+from vitrail.resnet import ResNetClassifier, ResNetConfig
+from vitrail.resume import Progress, check_images, compare_launches, latest, take_up
 from vitrail.session import Result, Session
+from vitrail.settings import Recipe
+from vitrail.transfer import BASE, Start, begin, go_on
 
 
 def train(
@@ -27,6 +32,7 @@ def train(
     *,
     output: Path | str | None = None,
     resume: bool = False,
+    from_weights: Path | str | None = None,
     stop_after: int | None = None,
     checkpoint_every: float = 60.0,
     **settings: Any,
@@ -34,10 +40,12 @@ def train(
     """Train a Vision Transformer by a recipe, from images to a run folder with its weights, figures and report.
 
     Args:
-        recipe: a name from `vitrail recipes`; `digits` if None.
+        recipe: a name from `vitrail recipes`; `digits` if None, and `fine-tune` with `from_weights`.
         output: the run folder; `runs/RECIPE` if None. One that exists is left alone, and a number put behind the name.
         resume: go on with the run in `output` (the latest in `runs/`, of the recipe if one is named, if None) from its
             last checkpoint. On the same machine it ends with the bits that it would have had.
+        from_weights: begin with these weights and a new head: a run folder, or anything else that `vitrail.load`
+            reads. They say the shape of the model, and what images are normalised by. A resumed run needs them no more.
         stop_after: stop after this many epochs of the schedule, as if it were the end; `resume` goes on from there.
         checkpoint_every: seconds between two checkpoints. One is also made at the start and at the end.
         settings: fields of `Recipe` to set otherwise than the recipe does, such as `epochs=10`.
@@ -49,21 +57,29 @@ def train(
         OSError: the run folder cannot be written.
     """
     began = time.perf_counter()
-    run, resolved = take_up(recipe, output, settings) if resume else (None, resolve(recipe or "digits", **settings))
-    chosen = resolved.recipe
-    if stop_after is not None and not 1 <= stop_after <= chosen.epochs:
-        raise BadInput(
-            f"stop-after is {stop_after}; it must be from 1 to {chosen.epochs}, the epochs of the run (--epochs)."
-        )
-    device = pick_device(settings.get("device", chosen.device))
-    model_config(chosen, num_classes=1)  # what is wrong with it is said before images are fetched and decoded
+    if resume and from_weights is not None:
+        raise BadInput("a run that is resumed goes on from its own weights; leave --from out, or --resume.")
+    if resume:
+        run, resolved = take_up(recipe, output, settings)
+        start = go_on(run, resolved)
+    else:
+        run, resolved = None, resolve(recipe or ("digits" if from_weights is None else FINE_TUNE), **settings)
+        start = begin(resolved, from_weights)
+    device = pick_device(settings.get("device", start.resolved.recipe.device))
+    start = replace(start, resolved=settle(start.resolved, device))
+    resolved, chosen = start.resolved, start.resolved.recipe
+    check(start, stop_after)
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
-    model = build_model(chosen, len(dataset.classes), device)
-    optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.average)
+    check_warmup(chosen, len(dataset.splits["train"]))
+    built = build_model(chosen, len(dataset.classes), start.base)
+    start.fill(built)
+    model = to_train(built, chosen).to(device)
+    optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.ema_decay)
     progress = Progress(images=dataset.digest())
     launch = describe(device)
     if run is None:  # only now: what is wrong with the input was said before anything was written
-        run = Run.create(Path(output) if output is not None else Path("runs") / resolved.name)
+        name = resolved.name if chosen.objective == "classes" else f"{resolved.name}-pretrained"
+        run = Run.create(Path(output) if output is not None else Path("runs") / name)
         run.write_recipe(resolved)
     else:
         check_images(run, then := Progress(**run.load_state(model, optimizer, average.weights)), progress.images)
@@ -72,27 +88,106 @@ def train(
     run.note_launch({"step": progress.step, **launch})
     if device.type == "cpu":
         keep_freed_memory()
-    session = Session(run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began)
+    session = Session(
+        run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began, start.mean,
+        start.std,
+    )  # fmt: skip
     session.announce()
     with deterministic(device), stop_signals() as stopped:
         return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
 
 
-def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> VisionTransformer:
-    """The model that a recipe trains, as it begins, on its device."""
+def settle(resolved: Resolved, device: torch.device) -> Resolved:
+    """The recipe with what hangs on the machine decided. That is kept: a run goes on with it wherever that may be."""
+    if resolved.recipe.precision != "auto":
+        return resolved
+    recipe = replace(resolved.recipe, precision=faster_precision(device))
+    return replace(resolved, recipe=recipe, set_by=resolved.set_by | {"precision": "machine"})
+
+
+def check(start: Start, stop_after: int | None) -> None:
+    """Say what is wrong with the settings before images are fetched and decoded.
+
+    Raises:
+        BadInput: there can be no such model, or no such run.
+    """
+    recipe, pretrained = start.resolved.recipe, start.resolved.recipe.objective != "classes"
+    if start.imported is not None and pretrained:
+        raise BadInput("pre-training begins with random weights; leave --from out.")
+    if stop_after is not None and not 1 <= stop_after <= recipe.epochs:
+        raise BadInput(
+            f"stop-after is {stop_after}; it must be from 1 to {recipe.epochs}, the epochs of the run (--epochs)."
+        )
+    if recipe.architecture == "vit":
+        model_config(recipe, 1, start.base)
+    if pretrained:
+        decoder_config(recipe)
+
+
+def pretrain(
+    recipe: str | None = None, *, output: Path | str | None = None, resume: bool = False, **settings: Any
+) -> Result:
+    """Train a Vision Transformer by a recipe, as `train` does, but without labels: by predicting patches that are
+    hidden from it. `objective` is "pixels", or "patches" if `settings` says so.
+
+    The run folder, `runs/RECIPE-pretrained` if `output` is None, holds the model with a head of zeros, from which
+    `train(from_weights=…)` goes on. All other arguments are those of `train`.
+
+    Raises:
+        as `train`.
+    """
+    if settings.get("objective") == "classes":
+        raise BadInput("pre-training has no labels: objective may be pixels or patches. What learns classes is train.")
+    if resume:
+        output = latest(recipe, pretrained=True) if output is None else output
+    else:
+        settings.setdefault("objective", "pixels")
+    return train(recipe, output=output, resume=resume, **settings)
+
+
+def check_warmup(recipe: Recipe, images: int) -> None:
+    """See to it that a warm-up that is given in steps ends within the run.
+
+    Raises:
+        BadInput: it does not, so that the learning rate would never be at its peak.
+    """
+    steps = -(-recipe.epochs * images // recipe.batch_size)
+    if recipe.warmup >= 1 and warmup_steps(recipe, steps) >= steps:
+        raise BadInput(
+            f"the warm-up of {recipe.warmup:g} steps is as long as the run, which has {steps:,} ({recipe.epochs} "
+            f"epochs of {images:,} images in batches of {recipe.batch_size}); take a share of them instead, "
+            "--warmup 0.05, and a smaller --batch-size."
+        )
+
+
+def build_model(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Model:
+    """The model that a recipe trains, as it begins where no weights are given."""
     torch.manual_seed(recipe.seed)
-    model = VisionTransformer(model_config(recipe, num_classes))
+    model: Model
+    if recipe.architecture == "vit":
+        model = VisionTransformer(model_config(recipe, num_classes, base))
+    else:
+        model = ResNetClassifier(ResNetConfig(recipe.image_size, num_classes))
     if recipe.initial_weights == "torch":
         initialise_as_torch(model)
     if recipe.zero_residual:
         zero_residuals(model)
     model.checkpoint_activations = recipe.checkpoint_activations
+    return model
+
+
+def to_train(model: Model, recipe: Recipe) -> Trainee:
+    """The model, compiled if the recipe says so; to be pre-trained, with what its objective needs beside it."""
+    trainee: Trainee = model
+    if recipe.objective != "classes":
+        assert isinstance(model, VisionTransformer)  # Recipe sees to it
+        trainee = with_objective(model, recipe)
     if recipe.compile:
-        model.compile(dynamic=False)  # in place: the names of the weights stay
-    return model.to(device)
+        trainee.compile(dynamic=False)  # in place: the names of the weights stay
+    return trainee
 
 
-def model_config(recipe: Recipe, num_classes: int) -> ViTConfig:
-    """The shape of the model that a recipe trains."""
+def model_config(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> ViTConfig:
+    """The shape of the Vision Transformer that a recipe trains; what it has no setting for is as `base` has it."""
     shared = {setting.name for setting in fields(ViTConfig)} & vars(recipe).keys()
-    return ViTConfig(num_classes=num_classes, **{name: getattr(recipe, name) for name in shared})
+    return replace(base, num_classes=num_classes, **{name: getattr(recipe, name) for name in shared})

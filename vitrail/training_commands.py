@@ -1,4 +1,4 @@
-"""The commands around one run: train, evaluate, predict, report."""
+"""The commands around one run: train, pretrain, evaluate, predict, report."""
 
 import argparse
 import dataclasses
@@ -9,19 +9,42 @@ from typing import Any, get_type_hints
 
 from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, real, shown
 from vitrail.errors import BadInput
-from vitrail.recipes import RECIPES, Recipe, resolve
+from vitrail.recipes import FINE_TUNE, RECIPES, resolve
+from vitrail.settings import Recipe
 from vitrail.tables import as_json, table
 
-HEADINGS = {"data": "images", "patch_size": "model", "epochs": "optimisation", "seed": "where and how"}
+HEADINGS = {
+    "data": "images", "architecture": "model", "epochs": "optimisation", "objective": "pre-training",
+    "seed": "where and how",
+}  # fmt: skip
 WORST = 20  # classes that evaluate shows
 
 
 def take_train(parser: Parser, argv: Sequence[str]) -> None:
-    """One flag for each field of Recipe; the help shows the values of the recipe that is named."""
-    parser.usage = "vitrail train [RECIPE] [--output RUN] [--resume] [SETTING ...]"
+    """Weights to begin with, and the flags of a run."""
+    parser.usage = "vitrail train [RECIPE] [--from WEIGHTS] [--output RUN] [--resume] [SETTING ...]"
+    weights = "begin with these and a new head: a run folder, or anything that vitrail import takes"
+    parser.add_argument(
+        "--from", dest="from_weights", type=Path, metavar="WEIGHTS", default=argparse.SUPPRESS, help=weights
+    )
+    default = FINE_TUNE if any(word.partition("=")[0] == "--from" for word in argv) else "digits"
+    take_run(parser, argv, default, f"digits; with --from, {FINE_TUNE}", "runs/RECIPE", {})
+
+
+def take_pretrain(parser: Parser, argv: Sequence[str]) -> None:
+    """The flags of a run."""
+    parser.usage = "vitrail pretrain [RECIPE] [--objective patches] [--output RUN] [--resume] [SETTING ...]"
+    take_run(parser, argv, "digits", "digits", "runs/RECIPE-pretrained", {"objective": "pixels"})
+
+
+def take_run(
+    parser: Parser, argv: Sequence[str], default: str, said: str, output: str, settings: dict[str, Any]
+) -> None:
+    """One flag for each field of Recipe; the help shows the values of the recipe that is named, or of the default, with
+    these settings. Which recipe and which run folder are the defaults is said in the words given."""
     parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (digits)")
-    parser.add_argument("--output", type=Path, metavar="RUN", help="the run folder, never overwritten (runs/RECIPE)")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} ({said})")
+    parser.add_argument("--output", type=Path, metavar="RUN", help=f"the run folder, never overwritten ({output})")
     parser.add_argument("--resume", action="store_true", help="go on with RUN (the latest) where it was left")
     parser.add_argument("--stop-after", type=at_least_one, metavar="EPOCHS", help="stop there; --resume goes on")
     parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="how often the state is saved (60)")
@@ -33,24 +56,33 @@ def take_train(parser: Parser, argv: Sequence[str]) -> None:
         actions[setting.name] = add_setting(groups[-1], setting, kinds[setting.name])
     # Only now is it known which words stand behind flags, `--data digits` for one, and which is the recipe.
     word = parser.first_name(argv)
-    named = word if word in RECIPES else "digits"
+    named = word if word in RECIPES else default
+    recipe = resolve(named, **settings).recipe
     for group in groups:
         group.title = f"{group.title} (in brackets: what {named} has)"
     for name, action in actions.items():
-        action.help = f"{action.help} ({shown(getattr(RECIPES[named], name))})"
+        action.help = f"{action.help} ({shown(getattr(recipe, name))})"
 
 
-def do_train(args: argparse.Namespace) -> str:
+def do_pretrain(args: argparse.Namespace) -> str:
+    """Train without labels, and say how well it went and where to look."""
+    return do_train(args, pretrained=True)
+
+
+def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
     """Train, and say how well it went and where to look."""
     given = dict(vars(args))
     name = given.pop("recipe", None)
     if "resume" not in given:
-        settings = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
-        resolve(name or "digits", **settings)  # what is wrong with them is said at once, before torch is imported
+        settings: dict[str, Any] = {"objective": "pixels"} if pretrained else {}
+        settings |= {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
+        default = FINE_TUNE if "from_weights" in given else "digits"
+        resolve(name or default, **settings)  # what is wrong with them is said at once, before torch is imported
+    from vitrail.environment import program
     from vitrail.progress import duration
-    from vitrail.training import train
+    from vitrail.training import pretrain, train
 
-    result = train(name, **given)
+    result = pretrain(name, **given) if pretrained else train(name, **given)
     figures, run = result.results, shlex.quote(str(result.run))
     done, planned = figures["epochs"], figures["epochs_planned"]
     epochs = f"{done} of {planned} epochs" if done < planned else f"{planned} epoch{'s' * (planned > 1)}"
@@ -61,18 +93,20 @@ def do_train(args: argparse.Namespace) -> str:
         f"{figures['input_share']:.1%} of it for input; at most {figures['peak_memory'] / 1e9:.1f} GB of memory",
         "",
         f"look at  {result.run / 'report.html'}",
-        f"then     vitrail evaluate {run}",
-        f"         vitrail predict {run} IMAGE",
     ]
+    learnt = "top1" in figures
+    then = [f"evaluate {run}", f"predict {run} IMAGE"] if learnt else [f"train --from {run}", f"probe {run}"]
     if done < planned:
-        lines.append(f"         vitrail train --resume --output {run}")
+        then.append(f"train --resume --output {run}")
+    lines += [f"{'' if place else 'then':9}{program()} {words}" for place, words in enumerate(then)]
     return "\n".join(lines)
 
 
 def take_evaluate(parser: Parser, argv: Sequence[str]) -> None:
-    """The run, and what it is measured on."""
+    """The run, what it is measured on, and how."""
     add_run(parser)
     add_data(parser)
+    parser.add_argument("--mirror", action="store_true", help="measure it by each image and its mirror image too")
     add_json(parser)
 
 
@@ -82,14 +116,18 @@ def do_evaluate(args: argparse.Namespace) -> str:
 
     if args.data is None:
         check_own_data(args.run)
-    figures = evaluate_run(args.run, args.data)
+    figures = evaluate_run(args.run, args.data, mirror=args.mirror)
     if args.json:
         return as_json(figures)
     seen = [row for row in figures["per_class"] if row["count"]]
     worst = sorted(seen, key=lambda row: row["top1"])[:WORST]
     title = "classes, worst first" if len(worst) == len(seen) else f"the {WORST} worst of {len(seen)} classes"
     rows = [(row["name"], f"{row['count']:,}", f"{row['top1']:.3f}") for row in worst]
-    return f"{headline(figures)}\n\n{table((title, '>images', '>top-1'), rows)}"
+    both = figures.get("mirrored")
+    mirrored = (
+        f"\nby each image and its mirror image: top-1 {both['top1']:.3f}, loss {both['loss']:.3f}" if both else ""
+    )
+    return f"{headline(figures)}{mirrored}\n\n{table((title, '>images', '>top-1'), rows)}"
 
 
 def take_predict(parser: Parser, argv: Sequence[str]) -> None:
@@ -167,6 +205,12 @@ def check_own_data(path: Path) -> None:
 
 def headline(figures: dict[str, Any]) -> str:
     """The figures of a split in one line; top-5 only where there are more classes than that."""
+    if "top1" not in figures:
+        what = {"pixels": "hidden pixels", "patches": "mean colours of hidden patches"}[figures["objective"]]
+        return (
+            f"loss {figures['loss']:.3f} in predicting {what}, of {figures['count']:,} images ({figures['dataset']}, "
+            f"{figures['split']})"
+        )
     top5 = f"top-5 {figures['top5']:.3f}, " if len(figures["per_class"]) > 5 else ""
     return (
         f"top-1 {figures['top1']:.3f}, {top5}loss {figures['loss']:.3f}, calibration error "

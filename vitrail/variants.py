@@ -7,10 +7,9 @@ import torch
 
 from vitrail import resnet
 from vitrail.config import ViTConfig
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, nearest
 from vitrail.floor import forward_flops
 from vitrail.model import VisionTransformer
-from vitrail.recipes import nearest
 
 # hidden_size, mlp_dim, num_heads, num_layers
 SHAPES: dict[str, tuple[int, int, int, int]] = {

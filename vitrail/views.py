@@ -1,4 +1,5 @@
-"""What augmentation makes of training images: a few of them as they are, and as training would show them, in turn.
+"""What augmentation makes of training images: a few of them as they are, and as training would show them, in turn; and
+what pre-training made of hidden patches.
 
 The batches are training's own (`TrainingBatches`), of a data set that has only these images: so each comes once in a
 step, step s is epoch s, and whatever is mixed is in sight.
@@ -15,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Images
-from vitrail.pictures import percent, thumbnail
-from vitrail.recipes import Recipe
+from vitrail.pictures import Thumbnail, percent, thumbnail
+from vitrail.settings import Recipe
 
 SIDE, WIDEST = 128, 160  # of an image on the sheet, in pixels: about, for images are enlarged by whole numbers
 GAP = 8
@@ -91,6 +92,13 @@ def tiles(rows: Sequence[Sample], classes: Sequence[str], limit: int) -> list[di
         ]
         shown.append({"picture": picture, "name": row.name, "shows": [classes[row.label]], "views": views_shown})
     return shown
+
+
+def reconstructed(arrays: dict[str, NDArray[np.uint8]]) -> list[dict[str, Thumbnail]]:
+    """The images of `reconstructions.safetensors` for a page: each as the model saw it, as it made it, and as it is."""
+    names = ("seen", "predicted", "original")
+    rows = zip(*(arrays[name] for name in names), strict=True)
+    return [dict(zip(names, map(thumbnail, row), strict=True)) for row in rows]
 
 
 def sheet(title: str, rows: Sequence[Sample], classes: Sequence[str]) -> Image.Image:

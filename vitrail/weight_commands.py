@@ -1,4 +1,4 @@
-"""The commands for weights that come from elsewhere or go there: import, export, and the table of variants."""
+"""The commands for weights as such: import, export, probe, and the table of variants."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitrail.arguments import Parser, add_json, at_least_one, one_of
+from vitrail.arguments import Parser, add_data, add_json, at_least_one, one_of
 from vitrail.tables import as_json, table
 
 LIBRARIES = ("transformers", "timm")
@@ -69,6 +69,37 @@ def do_export(args: argparse.Namespace) -> str:
             "",
             f"in Python  {loaded[args.to]}",
         ]
+    )
+
+
+def take_probe(parser: Parser, argv: Sequence[str]) -> None:
+    """The weights, the images, and how many of them."""
+    what = "a run folder, or anything that vitrail import takes"
+    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    add_data(parser)
+    shots = "training images of each class (1 5 10 25, as far as there are so many)"
+    parser.add_argument("--shots", type=at_least_one, nargs="+", metavar="N", help=shots)
+    add_json(parser)
+
+
+def do_probe(args: argparse.Namespace) -> str:
+    """Say how well few images tell classes apart by what a model makes of them, and by their pixels."""
+    from vitrail.probe import probe
+
+    found = probe(args.run, args.data, args.shots)
+    if args.json:
+        return as_json(found)
+    said = [
+        [f"{row['top1']:.3f} ± {row['top1_std']:.3f}" for row in found[what]["shots"]]
+        for what in ("features", "pixels")
+    ]
+    shots = [f"{row['shots']}" for row in found["features"]["shots"]]
+    sizes = [found[what]["size"] for what in ("features", "pixels")]
+    columns = (">images a class", f">{sizes[0]:,} features", f">{sizes[1]:,} raw pixels")
+    return (
+        f"top-1 of a linear map fitted to a few images of each of {found['classes']:,} classes, on {found['count']:,} "
+        f"images ({found['dataset']}, {found['split']}); mean ± standard deviation over {found['draws']} draws\n\n"
+        f"{table(columns, list(zip(shots, *said, strict=True)))}"
     )
 
 

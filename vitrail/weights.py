@@ -1,17 +1,22 @@
 """Weights from elsewhere, by one `load`: official checkpoints (`.npz`), folders of transformers and timm, and Vitrail's
 own run folders."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vitrail.checkpoint import Run, check_shapes
 from vitrail.config import shorten
 from vitrail.errors import BadInput
 from vitrail.formats import HEAD, PICKLES, Imported, read_json
 from vitrail.model import VisionTransformer
+from vitrail.models import Model
 from vitrail.official import read_official
+from vitrail.resnet import ResNetClassifier
 from vitrail.timm_format import read_timm
 from vitrail.transformers_format import read_transformers
 
@@ -20,12 +25,12 @@ UNDERSTOOD = (
     "have a config.json and a model.safetensors"
 )
 
-__all__ = ["Imported", "build", "load", "read"]
+__all__ = ["Imported", "build", "digest", "load", "read"]
 
 
-def load(source: Path | str, *, image_size: int | None = None, num_classes: int | None = None) -> VisionTransformer:
+def load(source: Path | str, *, image_size: int | None = None, num_classes: int | None = None) -> Model:
     """A model with the weights of a run folder, an official checkpoint (a file `.npz`), or a folder of transformers or
-    timm, in evaluation mode.
+    timm, in evaluation mode. It is a Vision Transformer, unless the run trained a ResNet.
 
     Args:
         source: the file or folder.
@@ -36,14 +41,22 @@ def load(source: Path | str, *, image_size: int | None = None, num_classes: int 
         BadInput: there is no such file or folder, it is damaged, its config disagrees with its weights, or they are of
             a model that Vitrail's cannot be.
     """
+    if _is_run(Path(source)):
+        model, _ = Run.open(source).load_model()
+        if isinstance(model, ResNetClassifier):
+            if num_classes is not None:
+                model.replace_head(num_classes)
+            if image_size is not None:
+                model.resize(image_size)
+            return model.eval()
     return build(read(Path(source)), Path(source), image_size=image_size, num_classes=num_classes)
 
 
 def read(source: Path) -> Imported:
-    """What a file or folder holds, whatever wrote it.
+    """What a file or folder holds of a Vision Transformer, whatever wrote it.
 
     Raises:
-        BadInput: as `load`.
+        BadInput: as `load`, and if it is a run of a ResNet.
     """
     if source.suffix == ".npz" and not source.is_dir():
         config, tensors = read_official(source)
@@ -53,7 +66,7 @@ def read(source: Path) -> Imported:
         raise BadInput(f"{source} is a file{pickled}. Vitrail reads {UNDERSTOOD}.")
     if (source / "config.json").is_file():
         return _read_foreign(source)
-    if source.is_dir() and not any((source / name).exists() for name in ("recipe.yaml", "model/config.json")):
+    if source.is_dir() and not _is_run(source):
         names = sorted(entry.name for entry in source.iterdir())
         found = f"it has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else "it is empty"
         raise BadInput(
@@ -62,8 +75,19 @@ def read(source: Path) -> Imported:
     return _read_run(Run.open(source))
 
 
+def _is_run(source: Path) -> bool:
+    """Whether it is a folder that is read as a run's."""
+    foreign = (source / "config.json").is_file()
+    return not foreign and any((source / name).exists() for name in ("recipe.yaml", "model/config.json"))
+
+
 def _read_run(run: Run) -> Imported:
     model, classes = run.load_model()
+    if isinstance(model, ResNetClassifier):
+        raise BadInput(
+            f"{run.path} is a run of a ResNet, which is there to be compared: vitrail.load, evaluate, predict, report "
+            f"and compare take it; import, export and training from weights take Vision Transformers alone."
+        )
     return Imported(model.config, model.state_dict(), classes, *run.preprocessing())
 
 
@@ -73,7 +97,7 @@ def _read_foreign(folder: Path) -> Imported:
     config = read_json(path)
     if config.get("model_type") == "vit":
         return read_transformers(folder)
-    if config.get("architecture") == "VisionTransformer" and "preprocessing" in config:
+    if config.get("architecture") in ("VisionTransformer", "ResNet") and "preprocessing" in config:
         raise BadInput(f"{folder} is a part of a run folder; name the whole, {folder.resolve().parent}.")
     if "model_type" in config and "pretrained_cfg" not in config:
         raise BadInput(f"{path} is of the model type {shorten(config['model_type'])}. Vitrail reads {UNDERSTOOD}.")
@@ -107,3 +131,12 @@ def build(
     if image_size is not None and image_size != config.image_size:
         model.resize(image_size)
     return model.eval()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short text that changes with the weights: their names, shapes and values."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(repr((name, tuple(tensor.shape))).encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).numpy().data)
+    return hashed.hexdigest()
