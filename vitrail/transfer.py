@@ -55,6 +55,8 @@ def begin(resolved: Resolved, path: Path | str | None) -> Start:
                 f"the recipe {FINE_TUNE} goes on from weights; say which with --from WEIGHTS (from_weights=…)."
             )
         return Start(resolved)
+    if resolved.recipe.architecture != "vit":
+        raise BadInput(f"a {resolved.recipe.architecture} begins with random weights here; leave --from out.")
     imported = read(Path(path))
     resolved = replace(resolved, weights=str(path), digest=digest(imported.tensors))
     return Start(_shaped(resolved, imported.config), imported.config, imported.mean, imported.std, imported)
