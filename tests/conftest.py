@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,24 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_here)
         yield
+
+
+@pytest.fixture
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
+    """A function that starts a run and has it die when it is about to do the step of that number (from 0). What was
+    saved before is all that is left; a run that saves after each step loses nothing else."""
+    from vitrail import session
+
+    def cut(start: Callable[[], object], at: int) -> None:
+        def step_or_die(model: Any, optimizer: Any, batches: Any, step: int) -> Any:
+            if step == at:
+                raise ConnectionAbortedError("power cut")
+            return train_step(model, optimizer, batches, step)
+
+        train_step = session.train_step
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "train_step", step_or_die)
+            with pytest.raises(ConnectionAbortedError, match="power cut"):
+                start()
+
+    return cut

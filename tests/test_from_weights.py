@@ -73,7 +73,7 @@ def test_the_recipe_says_where_the_weights_came_from_and_what_they_set(trained: 
 def test_the_recipe_is_the_official_one() -> None:
     recipe = RECIPES[FINE_TUNE]
     assert recipe == replace(
-        recipe, optimizer="sgd", schedule="cosine", lr=0.03, warmup=500.0, clip=1.0, weight_decay=0.0, dropout=0.0,
+        recipe, optimizer="sgd", schedule="cosine", lr=0.03, warmup=0.05, clip=1.0, weight_decay=0.0, dropout=0.0,
         batch_size=512, image_size=384,
     )  # fmt: skip
     assert recipe.epochs * 50_000 // recipe.batch_size == pytest.approx(10_000, rel=0.01)
@@ -169,7 +169,7 @@ def test_runs_from_different_weights_are_not_seeds_of_one(trained: Path, tuned: 
         ({"classifier": "token"}, "classifier is token, .* it is gap"),
         ({"qk_norm": True}, "qk_norm is True, .* it is False"),
         ({"representation_size": 64}, "representation_size is 64, .* it is None"),
-        ({"architecture": "resnet-18"}, "architecture is resnet-18, .* it is vit"),
+        ({"architecture": "resnet-18"}, "a resnet-18 begins with random weights here"),
         ({"initial_weights": "torch"}, "initial_weights is of weights that are drawn, .*leave --initial-weights out"),
         ({"image_size": 23}, "images of 23 pixels do not divide into patches of 4"),
         ({"warmup": 500.0}, "warm-up of 500 steps is as long as the run, which has 45 "),
@@ -193,7 +193,8 @@ def test_the_recipe_needs_weights_and_weights_that_are_there(
 ) -> None:
     for words, says in (
         (["train", FINE_TUNE], "goes on from weights; say which with --from WEIGHTS"),
-        (["train", "--from", str(tmp_path / "gone")], "gone"),
+        (["train", "--from", str(tmp_path / "gone"), "--data", "digits"], "gone"),
+        (["train", "--from", str(tmp_path / "gone")], "fine-tuning is on images of your own; say which with --data D"),
         (["train", "resnet-18", "--from", str(tmp_path / "gone")], "a resnet-18 begins with random weights here"),
         (["train", "--from", str(tmp_path / "gone"), "--epochs", "0"], "epochs is 0"),
     ):

@@ -222,6 +222,8 @@ def test_rectangular_position_embeddings_resize_as_in_the_official_code(
     resized = resize_position_embedding(embedding, grid, new)
     assert torch.equal(resized[:, :classes], embedding[:, :classes])
     np.testing.assert_allclose(resized[0, classes:].reshape(*new, 5), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training step on smaller images
+        assert torch.equal(resize_position_embedding(embedding, grid, new), resized)
 
 
 def test_gelu_and_epsilon_are_the_configs() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from vitrail.checkpoint import Run, read_tensors
 from vitrail.cli import main
 from vitrail.errors import BadInput
 from vitrail.evaluate import evaluate_run, predict_files
+from vitrail.exchange import export_model
 from vitrail.model import VisionTransformer
 from vitrail.optimize import parameter_groups
 from vitrail.pretraining import (
@@ -41,7 +43,7 @@ Objective = Literal["patches", "pixels"]
 OBJECTIVES: tuple[Objective, ...] = ("patches", "pixels")
 SMALL: dict[str, Any] = {
     "image_size": 16, "patch_size": 4, "hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2,
-    "decoder_layers": 1, "decoder_size": 32,
+    "decoder_layers": 1, "decoder_hidden_size": 32,
 }  # fmt: skip
 # With all that draws random numbers, or has a state of its own
 NOISY: dict[str, Any] = {
@@ -105,7 +107,7 @@ def test_three_quarters_are_dropped_for_pixels() -> None:
 
 def test_shares_may_be_set_and_something_is_always_hidden_and_shown() -> None:
     for share, hidden in ((0.25, 4), (0.001, 1), (0.999, 15)):
-        assert draw(small("pixels", mask_share=share)).hidden.shape == (6, hidden)
+        assert draw(small("pixels", mask_ratio=share)).hidden.shape == (6, hidden)
 
 
 def test_masks_are_of_the_seed_and_the_step() -> None:
@@ -222,6 +224,22 @@ def test_parts_of_a_batch_add_up(objective: Objective) -> None:
     torch.testing.assert_close(found[:3], found[3:], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("settings", "tolerance"), [({"checkpoint_activations": True}, 1e-6), ({"precision": "bf16"}, 3e-2)]
+)
+def test_less_memory_and_bf16_have_the_same_gradient(
+    objective: Objective, settings: dict[str, Any], tolerance: float
+) -> None:
+    train = Pixels(cache.load("digits", 16).splits["train"], 16, torch.device("cpu"))
+    found = []
+    for more in ({}, settings):
+        model = trainee(recipe := small(objective, batch_size=16, **more))
+        gradient(model, TrainingBatches(train, recipe), 0)
+        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    assert (found[1] - found[0]).norm() <= tolerance * found[0].norm()
+
+
 def test_optimizers_know_the_encoder_and_the_decoder() -> None:
     recipe = small("pixels", optimizer="muon", weight_decay=0.1)
     model = trainee(recipe)
@@ -245,7 +263,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def pretrain(objective: Objective, output: Path, **settings: Any) -> Path:
-    decoder = {"decoder_layers": 1, "decoder_size": 32} if objective == "pixels" else {}
+    decoder = {"decoder_layers": 1, "decoder_hidden_size": 32} if objective == "pixels" else {}
     return vitrail.pretrain("digits", output=output, objective=objective, **NOISY | decoder | settings).run
 
 
@@ -264,9 +282,12 @@ def test_it_learns_more_than_what_patches_are_like_anywhere(whole: Path, scans: 
         assert loss < 0.9 * torch.special.entr(shares).sum()
 
 
-def test_a_run_that_is_resumed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bits(
+    whole: Path, tmp_path: Path, power_cut: Callable[[Callable[[], object], int], None]
+) -> None:
     objective: Any = whole.name
-    run = pretrain(objective, tmp_path / "cut", stop_after=1)
+    run = tmp_path / "cut"
+    power_cut(lambda: pretrain(objective, run, checkpoint_every=0.0), 5)
     assert vitrail.pretrain(output=run, resume=True).run == run
     for file in ("model/model.safetensors", "reconstructions.safetensors"):
         assert (run / file).read_bytes() == (whole / file).read_bytes()
@@ -313,8 +334,10 @@ def test_training_goes_on_from_it(whole: Path, tmp_path: Path) -> None:
 
 def test_it_cannot_be_asked_for_classes(whole: Path) -> None:
     for ask in (lambda: evaluate_run(whole), lambda: predict_files(whole, [Path("digit.png")])):
-        with pytest.raises(BadInput, match=r"has learnt no classes. Train it on: vitrail train --from .*; or .* probe"):
+        with pytest.raises(BadInput, match=r"has learnt no classes\. Train it on: vitrail train digits --from "):
             ask()
+    with pytest.raises(BadInput, match="has learnt no classes to export"):
+        export_model(whole, "timm", whole / "exported")
 
 
 def test_only_pretraining_is_resumed_as_such(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +347,9 @@ def test_only_pretraining_is_resumed_as_such(whole: Path, tmp_path: Path, monkey
     assert latest("digits", pretrained=True) == Path("runs/digits")
     with pytest.raises(BadInput, match="there is no run of digits in runs/"):
         vitrail.train("digits", resume=True)
+    Run.create(tmp_path / "taught").write_recipe(resolve("digits"))
+    with pytest.raises(BadInput, match="learns classes; go on with it by train"):
+        vitrail.pretrain(resume=True, output=tmp_path / "taught")
 
 
 def test_the_command_says_how_well_it_went_and_how_to_go_on(
@@ -333,7 +359,7 @@ def test_the_command_says_how_well_it_went_and_how_to_go_on(
     assert main(["pretrain", "--epochs=1", "--batch-size=128", "--num-layers=1", "--decoder-layers=1"]) == 0
     said = capsys.readouterr().out
     assert "in predicting hidden pixels, of 359 images (digits, test)" in said
-    assert "train --from runs/digits-pretrained" in said
+    assert "vitrail train digits --from runs/digits-pretrained\n" in said
     assert main(["pretrain", "-h"]) == 0
     assert "their pixels (pixels)" in " ".join(capsys.readouterr().out.split())
 
@@ -358,8 +384,9 @@ def test_what_needs_labels_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"label_smoothing": 0.1, "layer_decay": 0.7}, "no use for label_smoothing, layer_decay; leave it out, or set"),
         ({"stem": "convolutions"}, "needs stem = patch"),
-        ({"mask_share": 1.0}, "mask_share is 1.0; it must be above 0 and below 1"),
-        ({"decoder_size": 40}, "decoder_size is 40; it must be a multiple of 32"),
+        ({"representation_size": 8}, "leave representation_size out"),
+        ({"mask_ratio": 1.0}, "mask_ratio is 1.0; it must be above 0 and below 1"),
+        ({"decoder_hidden_size": 40}, "decoder_hidden_size is 40; it must be a multiple of 32"),
         ({"patch_size": 16}, "take a smaller patch_size"),
         ({"objective": "classes"}, "pre-training has no labels"),
         ({"objective": "patches", "decoder_layers": 1}, "decoder_layers does nothing unless objective is pixels"),
@@ -368,6 +395,6 @@ def test_what_needs_labels_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
         vitrail.pretrain("digits", output=tmp_path / "run", **settings)
-    with pytest.raises(BadInput, match="mask_share does nothing unless objective is patches or pixels"):
-        vitrail.train("digits", output=tmp_path / "run", mask_share=0.5)
+    with pytest.raises(BadInput, match="mask_ratio does nothing unless objective is patches or pixels"):
+        vitrail.train("digits", output=tmp_path / "run", mask_ratio=0.5)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The CNN to compare the Vision Transformer with: what its block computes, how it is trained, and what takes it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,11 @@ def test_shapes_that_cannot_be(shape: dict[str, Any], says: str) -> None:
         ("resnet-18", {"num_layers": 4}, "num_layers does nothing unless architecture is vit"),
         ("resnet-18", {"layer_scale": 0.1, "positions": "rotary"}, "set positions = learnt, layer_scale = none"),
         ("vit-12", {"architecture": "resnet-18"}, "no dropout, initial_weights; leave it out, or set dropout = 0.0"),
-        ("resnet-18", {"first_size": 60}, "patches of 8 and images of 64 pixels it may be 8, 16, 24, 32, 40, 48, 56"),
+        (
+            "resnet-18",
+            {"first_size": 60},
+            "with a stride of 8 and images of 64 pixels it may be 8, 16, 24",
+        ),
         ("resnet-18", {"architecture": "resnet"}, "did you mean 'resnet-18'"),
     ],
 )
@@ -229,8 +234,11 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(photos, tmp_path_factory.mktemp("runs") / "cnn")
 
 
-def test_a_run_resumes_to_the_same_bits(run: Path, photos: Path, tmp_path: Path) -> None:
-    half = train(photos, tmp_path / "half", stop_after=1)
+def test_a_run_resumes_in_the_middle_of_an_epoch_to_the_same_bits(
+    run: Path, photos: Path, tmp_path: Path, power_cut: Callable[[Callable[[], object], int], None]
+) -> None:
+    half = tmp_path / "half"
+    power_cut(lambda: train(photos, half, checkpoint_every=0.0), 1)
     assert (half / WEIGHTS).read_bytes() != (run / WEIGHTS).read_bytes()
     vitrail.train(output=half, resume=True)
     assert (half / WEIGHTS).read_bytes() == (run / WEIGHTS).read_bytes()

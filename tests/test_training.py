@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def test_auto_precision_is_that_of_the_machine_and_stays(tmp_path: Path) -> None
     assert first.results["precision"] == here
     kept = Run.open(first.run).recipe()
     assert (kept.recipe.precision, kept.set_by["precision"]) == (here, "machine")
-    assert vitrail.train(output=first.run, resume=True).results["precision"] == here
+    assert vitrail.train(output=first.run, resume=True, precision="auto").results["precision"] == here
 
 
 def test_batches_that_memory_has_divided_stay_so_when_the_run_goes_on(
@@ -320,6 +321,9 @@ def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pyte
     settings = TINY | {"epochs": 2}
     assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits")
     assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits-2")
+    (foreign := Path("runs/foreign")).mkdir()  # of another version, say
+    shutil.copytree("runs/digits/last", foreign / "last")
+    (foreign / "recipe.yaml").write_text("recipe: digits\nsettings: {decay_share: {value: 1.0, set_by: default}}\n")
     assert vitrail.train("digits", resume=True).run == Path("runs/digits-2")
     assert vitrail.train(resume=True).run == Path("runs/digits-2")
     Path("runs/digits/results.json").unlink()  # as of a run that is not finished

@@ -1,5 +1,5 @@
 """A Vision Transformer as the paper's figure 1 draws one, from the model itself: what is there, and every number, is
-read off its modules. An SVG of 1600 × 900, as large as a slide; data goes up."""
+read off its modules and its config. An SVG of 1600 × 900, as large as a slide; data goes up."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -89,6 +89,8 @@ def pick_device(name: str) -> torch.device:
     if not available[name]:
         here = ", ".join(device for device, there in available.items() if there)
         raise BadInput(f"there is no {name} device here; there is {here}.")
+    if name == "cuda":  # float32 is float32 in convolutions too, as it is in other products; torch rounds to TF32 there
+        torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
@@ -192,8 +194,8 @@ def open_classifier(path: Path) -> Run:
     run = Run.open(path)
     if run.trained and run.recipe().recipe.objective != "classes":
         raise BadInput(
-            f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train --from {path}; or measure "
-            f"what it sees: vitrail probe {path}."
+            f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train {run.recipe().name} --from "
+            f"{path}; or measure what it sees: vitrail probe {path}."
         )
     return run
 

@@ -85,6 +85,8 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
     imported = read(source)
     if HEAD[0] not in imported.tensors:
         raise BadInput(f"{source} has no head, and so no classes; vitrail import --num-classes N puts one on.")
+    if _pretrained(source):
+        raise BadInput(f"{source} was pre-trained, and has learnt no classes to export; train it first, with --from.")
     CHECK[library](imported.config)
     if output.exists() or output.is_symlink():
         raise BadInput(f"{output} exists, and is not overwritten; name another folder with --output.")
@@ -118,6 +120,13 @@ def compare_outputs(model: VisionTransformer, other: VisionTransformer) -> float
         pairs.append((tokens, each.forward_head(tokens)))
     differences = [(ours - theirs).abs().max() for ours, theirs in zip(*pairs, strict=True)]
     return float(torch.stack(differences).max())
+
+
+def _pretrained(source: Path) -> bool:
+    """Whether a run has learnt no classes."""
+    with contextlib.suppress(BadInput):  # of another version of Vitrail, which had no pre-training
+        return (source / "recipe.yaml").is_file() and Run(source).recipe().recipe.objective != "classes"
+    return False
 
 
 def _shorter_side(source: Path, image_size: int) -> int | None:

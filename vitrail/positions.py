@@ -30,7 +30,8 @@ def resize_position_embedding(
         linear_interpolation(old, new, embedding) for old, new in zip(grid, new_grid, strict=True)
     )  # fmt: skip
     # As matrix products: F.interpolate adds up its gradient in no fixed order on CUDA.
-    cells = torch.einsum("ir, jc, brcd -> bijd", down, across, cells)
+    with torch.autocast(embedding.device.type, enabled=False):
+        cells = torch.einsum("ir, jc, brcd -> bijd", down, across, cells)
     return torch.cat([embedding[:, :extra], cells.flatten(1, 2)], dim=1)
 
 

@@ -2,7 +2,7 @@
 patches that it does not see. `MaskedPatchPrediction` is the paper's own (section 4.6), `MaskedAutoencoder` a later one
 (2111.06377); `objective` of a recipe says which. Both train an ordinary `VisionTransformer`, and share `Masks`.
 
-    B batch    N patches    H hidden ones of them    D hidden_size    E decoder_size    P patch_size
+    B batch    N patches    H hidden ones of them    D hidden_size    E decoder_hidden_size    P patch_size
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitrail.additions import keep_patches
 from vitrail.augment import normalise, send
@@ -58,7 +59,7 @@ def draw_masks(recipe: Recipe, images: int, patches: int, random: torch.Generato
     For `pixels` none of them is left. For `patches` (appendix B.1.2), each is by itself replaced by the [mask]
     embedding (80%) or by another patch of the same image (10%), or is left as it is (10%).
     """
-    share = SHARES[recipe.objective] if recipe.mask_share is None else recipe.mask_share
+    share = SHARES[recipe.objective] if recipe.mask_ratio is None else recipe.mask_ratio
     count = min(max(round(share * patches), 1), patches - 1)
     order = torch.rand(images, patches, generator=random).argsort(dim=1)
     hidden, shown = order[:, :count], order[:, count:]
@@ -144,8 +145,8 @@ class MaskedAutoencoder(Pretraining):
     their mean, over their standard deviation.
 
     What differs from its code: the class token has no part in it where the head reads the mean of the patches, other
-    tokens in front of the patches go to the decoder too, and the encoder has the recipe's positions, learnt unless it
-    says otherwise.
+    tokens in front of the patches go to the decoder too, the encoder has the recipe's positions, learnt unless it says
+    otherwise, and is in all else the model that is trained afterwards: its GELU, its initial weights.
     """
 
     def __init__(self, encoder: VisionTransformer, recipe: Recipe) -> None:
@@ -181,7 +182,10 @@ class MaskedAutoencoder(Pretraining):
         patches = patches + sincos_positions(patches.shape[1], patches.shape[2], patches.device)
         tokens = torch.cat([prefix.to(patches.dtype), patches], dim=1)
         for block in self.decoder_blocks:
-            tokens = block(tokens)
+            if self.training and self.encoder.checkpoint_activations:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
         return self.prediction(rows_of(self.decoder_norm(tokens[:, front:]), masks.hidden)).float()
 
     def encode(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B T D"]:
@@ -214,9 +218,9 @@ def decoder_config(recipe: Recipe) -> ViTConfig:
             f"pre-training predicts patches from others, and images with patches of {recipe.patch_size} pixels are "
             "one; take a smaller patch_size or larger images."
         )
-    width = recipe.decoder_size
+    width = recipe.decoder_hidden_size
     if width % HEAD_WIDTH:
-        raise BadInput(f"decoder_size is {width}; it must be a multiple of {HEAD_WIDTH}, the width of a head.")
+        raise BadInput(f"decoder_hidden_size is {width}; it must be a multiple of {HEAD_WIDTH}, the width of a head.")
     return ViTConfig(
         image_size=recipe.image_size, patch_size=recipe.patch_size, hidden_size=width, mlp_dim=4 * width,
         num_heads=width // HEAD_WIDTH, num_layers=recipe.decoder_layers,
@@ -225,7 +229,8 @@ def decoder_config(recipe: Recipe) -> ViTConfig:
 
 def rows_of(x: Float[Tensor, "B N width"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M width"]:
     """Of each image, the rows of those numbers."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    # The gradient of torch.gather is slow where CUDA is to add up in a fixed order: it sorts every number's index.
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 def mean_colours(patches: Float[Tensor, "B N pixels"]) -> Int[Tensor, "B N"]:

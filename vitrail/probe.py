@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
-from vitrail import cache
+from vitrail import __version__, cache
 from vitrail.archives import cache_root
 from vitrail.batches import Pixels, evaluation_batches
 from vitrail.cache import Images
 from vitrail.checkpoint import Run, read_tensors, write_tensors
 from vitrail.config import Colours
+from vitrail.environment import commit
 from vitrail.errors import BadInput
 from vitrail.evaluate import pick_device
 from vitrail.formats import HEAD
@@ -100,7 +101,7 @@ def probe(source: Path, data: str | None = None, shots: Sequence[int] | None = N
     own = Run.open(source).recipe().recipe if (source / "recipe.yaml").is_file() else None
     if data is None and own is None:
         raise BadInput(f"{source} was not trained here, and has no images of its own. Say with --data D which to take.")
-    dataset = cache.load(data or (own.data if own else ""), size, holdout=own.holdout if own else 0.0)
+    dataset = cache.load(data or (own.data if own else ""), size, holdout=own.holdout if own and data is None else 0.0)
     train, judged = dataset.splits["train"], dataset.splits[dataset.evaluation]
     wanted = choose_shots(shots, train.labels, dataset.classes, dataset.name)
     draws = [draw(train.labels, len(dataset.classes), wanted[-1], seed) for seed in range(DRAWS)]
@@ -186,11 +187,13 @@ class Extractor:
         return torch.cat(found)
 
     def cached(self, images: Images) -> Float[Tensor, "N D"]:
-        """The same at the size that the model is for, from the cache if the same weights have seen the same images."""
+        """The same at the size that the model is for, from the cache if the same weights have seen the same images by
+        the same version of the program."""
         assert isinstance(self.model, Model)
         config = self.model.config
-        said = repr((digest(self.model.state_dict()), config, self.mean, self.std, self.precision, of_images(images)))
-        key = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        program = (commit() or __version__, torch.__version__, self.device.type, self.precision)
+        seen = (digest(self.model.state_dict()), config, self.mean, self.std, of_images(images))
+        key = hashlib.blake2b(repr((program, seen)).encode(), digest_size=16).hexdigest()
         return kept(cache_root() / "features" / f"{key}.safetensors", lambda: self.features(images, config.image_size))
 
 

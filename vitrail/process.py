@@ -62,10 +62,13 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 def faster_precision(device: torch.device) -> Literal["fp32", "bf16"]:
-    """The one that is worth training in: bf16 on CUDA; on a CPU, the one whose matrix products are the faster here, for
-    some processors have instructions for bf16 and others take several times as long for it; fp32 elsewhere."""
+    """The one that is worth training in: bf16 on CUDA devices that have it; on a CPU, the one whose matrix products are
+    the faster here, for some processors have instructions for bf16 and others take several times as long for it; fp32
+    elsewhere."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":
-        return "bf16" if device.type == "cuda" else "fp32"
+        return "fp32"
 
     def seconds(dtype: torch.dtype) -> float:
         square = torch.ones(512, 512, dtype=dtype)

@@ -47,19 +47,21 @@ RECIPES: dict[str, Recipe] = {
     "vit-12": Recipe(
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
-    # vitrail train laptop: an hour on two cores with bf16. Not measured yet.
+    # vitrail train laptop: for two cores of a laptop.
     "laptop": Recipe(**_SMALL, first_size=48, epochs=10),
     # vitrail train resnet-18: the CNN to compare with. SGD, its rate for a batch of 256, decay and epochs are BiT's
-    # (1912.11370, section 3.3), which steps its rate down where this falls along a cosine. Not measured yet.
+    # (1912.11370, section 3.3), which steps its rate down where this falls along a cosine, and whose activations come
+    # first, where these come last, like the hybrid's.
     "resnet-18": Recipe(
         data="tiny-imagenet", image_size=64, flip="random", crop=6, architecture="resnet-18",
         epochs=90, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4, warmup=0.05,
     ),
     # vitrail train --from WEIGHTS, which say the shape. The paper's fine-tuning (table 4): its 10,000 steps over CIFAR
-    # are these epochs. Rate, warm-up and augmentation: the official code's (configs/common.py, input_pipeline.py).
+    # are these epochs. Rate, warm-up (500 of the steps) and augmentation: the official code's (configs/common.py,
+    # input_pipeline.py).
     "fine-tune": Recipe(
         data="tiny-imagenet", image_size=384, flip="random", resized_crop=0.05, patch_size=16,
-        epochs=102, batch_size=512, optimizer="sgd", lr=0.03, warmup=500.0, clip=1.0,
+        epochs=102, batch_size=512, optimizer="sgd", lr=0.03, warmup=0.05, clip=1.0,
     ),
 }  # fmt: skip
 

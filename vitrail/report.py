@@ -6,6 +6,7 @@ The figures are computed here by pure functions, drawn in `pictures.py`, and lai
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -165,7 +166,7 @@ def render(record: Record, dataset: Dataset | None, *, its_own: bool = True) -> 
         judged_count=len(dataset.splits[split]) if dataset and split in dataset.splits else None,
         meaning={f.name: f.metadata["help"] for f in dataclasses.fields(Recipe)},
         charts=_charts(record.epochs, split, pictures.LOSSES[objective]), interval=_interval(record.results),
-        objective=objective, loss=pictures.LOSSES[objective],
+        objective=objective, blind=math.log(512), loss=pictures.LOSSES[objective],
         reconstructed=reconstructed(record.reconstructions) if record.reconstructions else [],
         scored=scored, bins=CALIBRATION_BINS,
         seen=_seen(record, dataset) if its_own and not (scored and scored["no_pictures"]) else [],

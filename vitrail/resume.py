@@ -1,5 +1,6 @@
 """Going on with a run: which one, from where, and whether it is still the same run."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
         raise BadInput(f"{run.path} is a run of {resolved.name}, not of {name}.")
     for setting, value in settings.items():
         was = getattr(resolved.recipe, setting, None)
+        if resolved.set_by.get(setting) == "machine" and value == "auto":
+            continue
         # Where the images and the processor are may change between two stretches; what is computed may not.
         if setting not in ("data", "device") and was != value:
             raise BadInput(
@@ -78,11 +81,12 @@ def latest(name: str | None, *, pretrained: bool) -> Path:
         BadInput: there is none.
     """
     states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
-    found = [(Run(state.parent.parent), Run(state.parent.parent).recipe()) for state in states]
-    runs = [
-        run.path for run, of in found
-        if name in (None, of.name) and pretrained == (of.recipe.objective != "classes")
-    ]  # fmt: skip
+    runs = []
+    for run in (Run(state.parent.parent) for state in states):
+        with contextlib.suppress(BadInput):  # damaged, or of another version: named, it says so
+            of = run.recipe()
+            if name in (None, of.name) and pretrained == (of.recipe.objective != "classes"):
+                runs.append(run.path)
     if not runs:
         what = f"{'pre-training ' if pretrained else ''}run{f' of {name}' if name else ''}"
         raise BadInput(f"there is no {what} in runs/; say which with --output RUN.")

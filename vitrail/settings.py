@@ -19,7 +19,7 @@ def setting(default: Any, help: str) -> Any:
 # What numbers may be: settings, what fits, and the words for it. A NaN fits nowhere.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("image_size patch_size hidden_size mlp_dim num_heads num_layers epochs batch_size accumulate repeats "
-     "decoder_layers decoder_size", lambda value: value >= 1, "be at least 1"),
+     "decoder_layers decoder_hidden_size", lambda value: value >= 1, "be at least 1"),
     ("lr muon_lr weight_decay warmup crop mixup cutmix", lambda value: value >= 0, "not be negative"),
     ("rotate", lambda value: 0 <= value <= 180, "be from 0 to 180 degrees"),
     ("seed", lambda value: 0 <= value < 2**63, "not be negative, and be below 2^63"),
@@ -28,7 +28,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     ("layer_decay cooldown", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
     ("clip", lambda value: value is None or value > 0, "be above 0, or left out"),
-    ("mask_share", lambda value: value is None or 0 < value < 1, "be above 0 and below 1, or left out"),
+    ("mask_ratio", lambda value: value is None or 0 < value < 1, "be above 0 and below 1, or left out"),
 )  # fmt: skip
 
 # The Vision Transformer's sizes, which a ResNet does not read, and what that cannot have beside them.
@@ -43,9 +43,9 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
     ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
     ("cooldown", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
-    ("mask_share", lambda recipe: recipe.objective != "classes", "objective is patches or pixels"),
+    ("mask_ratio", lambda recipe: recipe.objective != "classes", "objective is patches or pixels"),
     ("decoder_layers", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
-    ("decoder_size", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
+    ("decoder_hidden_size", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
     *((name, lambda recipe: recipe.architecture == "vit", "architecture is vit") for name in SIZES),
 )
 
@@ -158,9 +158,11 @@ class Recipe:
     objective: Literal["classes", "patches", "pixels"] = setting(
         "classes", "learn the labels, or, without them, mean colours of hidden patches or their pixels"
     )
-    mask_share: float | None = setting(None, "share of the patches that is hidden (none: 0.5; for pixels, 0.75)")
+    mask_ratio: float | None = setting(None, "share of the patches that is hidden (none: 0.5; for pixels, 0.75)")
     decoder_layers: int = setting(2, "blocks of the decoder that predicts pixels")
-    decoder_size: int = setting(128, "width of its tokens, 32 for each of its heads; its MLP is four times as wide")
+    decoder_hidden_size: int = setting(
+        128, "width of its tokens, 32 for each of its heads; its MLP is four times as wide"
+    )
 
     # Where and how
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
@@ -216,14 +218,17 @@ class Recipe:
             raise BadInput(f"pre-training has no use for {', '.join(useless)}; leave it out, or set {mend}.")
         if self.stem != "patch":
             raise BadInput("pre-training needs stem = patch: convolutions see what is hidden beside a patch.")
+        if self.representation_size is not None:
+            raise BadInput("pre-training leaves the layer before the head untrained; leave representation_size out.")
 
     def _check_sizes(self) -> None:
         cell = self.patch_size if self.architecture == "vit" else 8  # a ResNet's stages halve an image three times
         smaller = range(cell, self.image_size, cell)
         if self.first_size is not None and self.first_size not in smaller:
+            cells = f"{'patches' if self.architecture == 'vit' else 'a stride'} of {cell}"
             raise BadInput(
-                f"first_size is {self.first_size}; with patches of {cell} and images of {self.image_size} "
-                f"pixels it may be {', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
+                f"first_size is {self.first_size}; with {cells} and images of {self.image_size} pixels it may be "
+                f"{', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
             )
         if self.crop >= self.image_size:
             raise BadInput(f"crop is {self.crop}, as large as the image ({self.image_size} pixels); take less.")

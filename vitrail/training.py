@@ -140,6 +140,8 @@ def pretrain(
         raise BadInput("pre-training has no labels: objective may be pixels or patches. What learns classes is train.")
     if resume:
         output = latest(recipe, pretrained=True) if output is None else output
+        if Run.open(output).recipe().recipe.objective == "classes":
+            raise BadInput(f"{output} learns classes; go on with it by train, or name a run of pre-training.")
     else:
         settings.setdefault("objective", "pixels")
     return train(recipe, output=output, resume=resume, **settings)

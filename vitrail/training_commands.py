@@ -94,12 +94,24 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
         "",
         f"look at  {result.run / 'report.html'}",
     ]
-    learnt = "top1" in figures
-    then = [f"evaluate {run}", f"predict {run} IMAGE"] if learnt else [f"train --from {run}", f"probe {run}"]
+    if "top1" in figures:
+        then = [f"evaluate {run}", f"predict {run} IMAGE"]
+    else:
+        then = [f"train {learning_from(result.run)}", f"probe {run}"]
     if done < planned:
-        then.append(f"train --resume --output {run}")
+        then.append(f"{'pretrain' if pretrained else 'train'} --resume --output {run}")
     lines += [f"{'' if place else 'then':9}{program()} {words}" for place, words in enumerate(then)]
     return "\n".join(lines)
+
+
+def learning_from(run: Path) -> str:
+    """What follows `vitrail train` to go on from a pre-trained run, with labels and on the same images."""
+    from vitrail.checkpoint import Run
+
+    resolved = Run.open(run).recipe()
+    same = [name for name in ("data", "image_size") if resolved.set_by[name] == "command line"]
+    flags = [f"--{name.replace('_', '-')}={getattr(resolved.recipe, name)}" for name in same]
+    return shlex.join([resolved.name, "--from", str(run), *flags])
 
 
 def take_evaluate(parser: Parser, argv: Sequence[str]) -> None:

@@ -57,6 +57,8 @@ def begin(resolved: Resolved, path: Path | str | None) -> Start:
         return Start(resolved)
     if resolved.recipe.architecture != "vit":
         raise BadInput(f"a {resolved.recipe.architecture} begins with random weights here; leave --from out.")
+    if resolved.name == FINE_TUNE and resolved.set_by["data"] != "command line":
+        raise BadInput("fine-tuning is on images of your own; say which with --data D (data=…).")
     imported = read(Path(path))
     resolved = replace(resolved, weights=str(path), digest=digest(imported.tensors))
     return Start(_shaped(resolved, imported.config), imported.config, imported.mean, imported.std, imported)
