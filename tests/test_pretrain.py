@@ -84,30 +84,30 @@ def draw(recipe: Recipe, images: int = 6) -> Masks:
 
 def test_corruption_is_that_of_appendix_b() -> None:
     masks = draw_masks(Recipe(objective="patches"), 4000, 64, generator(0, "masks", 0))
-    own, there = torch.arange(64), masks.source.gather(1, masks.hidden)
-    assert masks.hidden.shape == (4000, 32)  # half of the patches of every image
-    assert torch.equal(torch.cat([masks.hidden, masks.shown], 1).sort(1).values, own.repeat(4000, 1))
-    assert torch.equal(masks.source.gather(1, masks.shown), masks.shown)  # nothing happens to the others
-    shares = torch.stack([there == -1, (there >= 0) & (there != masks.hidden), there == masks.hidden])
+    own, there = torch.arange(64), masks.source.gather(1, masks.masked)
+    assert masks.masked.shape == (4000, 32)  # half of the patches of every image
+    assert torch.equal(torch.cat([masks.masked, masks.visible], 1).sort(1).values, own.repeat(4000, 1))
+    assert torch.equal(masks.source.gather(1, masks.visible), masks.visible)  # nothing happens to the others
+    shares = torch.stack([there == -1, (there >= 0) & (there != masks.masked), there == masks.masked])
     # Of 128,000 patches, so that 0.4% are three standard deviations.
     np.testing.assert_allclose(shares.double().mean((1, 2)), [0.8, 0.1, 0.1], atol=0.004)
-    others, places = there[shares[1]], masks.hidden[shares[1]]
+    others, places = there[shares[1]], masks.masked[shares[1]]
     distances = torch.bincount((others - places) % 64, minlength=64)
     assert distances[0] == 0
     assert distances[1:].min() > 0.6 * distances[1:].double().mean()  # any other patch is as likely
-    assert torch.bincount(masks.hidden.flatten()).double().div(2000).sub(1).abs().max() < 0.1  # any place is
+    assert torch.bincount(masks.masked.flatten()).double().div(2000).sub(1).abs().max() < 0.1  # any place is
 
 
 def test_three_quarters_are_dropped_for_pixels() -> None:
     masks = draw_masks(Recipe(objective="pixels"), 100, 64, generator(0, "masks", 0))
-    assert masks.hidden.shape == (100, 48)
+    assert masks.masked.shape == (100, 48)
     assert torch.equal((masks.source == -1).sum(1), torch.full((100,), 48))
-    assert torch.equal(masks.source.gather(1, masks.shown), masks.shown)
+    assert torch.equal(masks.source.gather(1, masks.visible), masks.visible)
 
 
 def test_shares_may_be_set_and_something_is_always_hidden_and_shown() -> None:
     for share, hidden in ((0.25, 4), (0.001, 1), (0.999, 15)):
-        assert draw(small("pixels", mask_ratio=share)).hidden.shape == (6, hidden)
+        assert draw(small("pixels", mask_ratio=share)).masked.shape == (6, hidden)
 
 
 def test_masks_are_of_the_seed_and_the_step() -> None:
@@ -154,7 +154,7 @@ def test_predictions_do_not_see_what_is_hidden(objective: Objective, images: Ten
 def test_the_decoder_has_each_patch_in_its_place(images: Tensor) -> None:
     recipe = small("pixels")
     model, masks = trainee(recipe).eval(), draw(recipe)
-    other = Masks(masks.hidden.flip(1), masks.shown.flip(1), masks.source)  # the same in another order
+    other = Masks(masks.masked.flip(1), masks.visible.flip(1), masks.source)  # the same in another order
     torch.testing.assert_close(model.predict(images, other).flip(1), model.predict(images, masks))
 
 
@@ -177,13 +177,13 @@ def test_losses_are_those_of_the_papers(images: Tensor) -> None:
     model, masks = trainee(recipe), draw(recipe)
     logits, colours = model.predict(images, masks), mean_colours(model.patchify(images))
     for row, loss in enumerate(model(images, masks)):
-        expected = F.cross_entropy(logits[row], colours[row, masks.hidden[row]])
+        expected = F.cross_entropy(logits[row], colours[row, masks.masked[row]])
         torch.testing.assert_close(loss, expected)
     recipe = small("pixels")
     model, masks = trainee(recipe), draw(recipe)
     predicted, patches = model.predict(images, masks).double(), model.patchify(images).double()
     for row, loss in enumerate(model(images, masks)):
-        true = patches[row, masks.hidden[row]]
+        true = patches[row, masks.masked[row]]
         wanted = (true - true.mean(1, keepdim=True)) / (true.var(1, keepdim=True) + 1e-6).sqrt()
         torch.testing.assert_close(loss.double(), ((predicted[row] - wanted) ** 2).mean(), rtol=1e-5, atol=0)
 
@@ -193,7 +193,7 @@ def test_pictures_show_what_was_seen_predicted_and_there(objective: Objective, s
     recipe = small(objective)
     drawn = {name: of.long() for name, of in draw_pictures(trainee(recipe).eval(), scans, recipe).items()}
     masks = draw_masks(recipe, 8, 16, generator(recipe.seed, "judged masks", 1))
-    hidden = torch.zeros(8, 16, dtype=torch.bool).scatter(1, masks.hidden, True)
+    hidden = torch.zeros(8, 16, dtype=torch.bool).scatter(1, masks.masked, True)
     where = hidden.view(8, 4, 1, 4, 1).expand(-1, -1, 4, -1, 4).reshape(8, 16, 16)
     index = np.linspace(0, len(scans) - 1, 8).astype(int)
     original = scans.cut(torch.from_numpy(index), torch.full((8, 2), 0.5)).permute(0, 2, 3, 1)

@@ -30,6 +30,8 @@ from vitrail.models import Config, Model
 from vitrail.recipes import Resolved
 from vitrail.settings import Recipe
 
+RENAMED = {"average": "ema_decay", "decay_share": "cooldown"}  # settings of run folders from before the first release
+
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Have `save` write a file beside `path`, then put it in its place in one step that cannot be interrupted.
@@ -170,7 +172,7 @@ class Run:
         path = self.path / "recipe.yaml"
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            settings = content["settings"]
+            settings = {RENAMED.get(name, name): setting for name, setting in content["settings"].items()}
             recipe = Recipe(**{name: setting["value"] for name, setting in settings.items()})
             begun = content.get("from", {"value": None, "digest": ""})
             set_by = {name: setting["set_by"] for name, setting in settings.items()}

@@ -2,7 +2,7 @@
 patches that it does not see. `MaskedPatchPrediction` is the paper's own (section 4.6), `MaskedAutoencoder` a later one
 (2111.06377); `objective` of a recipe says which. Both train an ordinary `VisionTransformer`, and share `Masks`.
 
-    B batch    N patches    H hidden ones of them    D hidden_size    E decoder_hidden_size    P patch_size
+    B batch    N patches    M masked ones of them    D hidden_size    E decoder_hidden_size    P patch_size
 """
 
 import math
@@ -27,7 +27,7 @@ from vitrail.progress import track
 from vitrail.settings import Recipe
 
 LEVELS = 8  # of a colour channel: 3 bits
-SHARES = {"patches": 0.5, "pixels": 0.75}  # of the patches that are hidden, as in the papers
+SHARES = {"patches": 0.5, "pixels": 0.75}  # of the patches that are masked, as in the papers
 TO_MASK, TO_OTHER = 0.8, 0.1  # shares of the corrupted patches (appendix B.1.2); the rest stay as they are
 HEAD_WIDTH = 32  # of the decoder, as in MAE's
 TARGET_EPS = 1e-6  # added to a patch's variance, as in MAE's code
@@ -37,24 +37,24 @@ PICTURES = 8  # images whose reconstruction is kept for the report
 
 @dataclass(frozen=True)
 class Masks:
-    """Which patches of each image are hidden and have to be predicted, which are not, and what the model has in the
+    """Which patches of each image are masked and have to be predicted, which are not, and what the model has in the
     place of each: the number of a patch, its own if nothing was done to it, or -1 where it has none."""
 
-    hidden: Int[Tensor, "B H"]
-    shown: Int[Tensor, "B others"]
+    masked: Int[Tensor, "B M"]
+    visible: Int[Tensor, "B others"]
     source: Int[Tensor, "B N"]
 
     def part(self, rows: slice) -> "Masks":
         """Those of some of the images."""
-        return Masks(self.hidden[rows], self.shown[rows], self.source[rows])
+        return Masks(self.masked[rows], self.visible[rows], self.source[rows])
 
     def to(self, device: torch.device) -> "Masks":
         """The same on a device."""
-        return Masks(send(self.hidden, device), send(self.shown, device), send(self.source, device))
+        return Masks(send(self.masked, device), send(self.visible, device), send(self.source, device))
 
 
 def draw_masks(recipe: Recipe, images: int, patches: int, random: torch.Generator) -> Masks:
-    """Hide the recipe's share of each image's patches, the same number in all, and any of them as likely as any other.
+    """Mask the recipe's share of each image's patches, the same number in all, and any of them as likely as any other.
 
     For `pixels` none of them is left. For `patches` (appendix B.1.2), each is by itself replaced by the [mask]
     embedding (80%) or by another patch of the same image (10%), or is left as it is (10%).
@@ -62,14 +62,14 @@ def draw_masks(recipe: Recipe, images: int, patches: int, random: torch.Generato
     share = SHARES[recipe.objective] if recipe.mask_ratio is None else recipe.mask_ratio
     count = min(max(round(share * patches), 1), patches - 1)
     order = torch.rand(images, patches, generator=random).argsort(dim=1)
-    hidden, shown = order[:, :count], order[:, count:]
-    instead = torch.full_like(hidden, -1)
+    masked, visible = order[:, :count], order[:, count:]
+    instead = torch.full_like(masked, -1)
     if recipe.objective == "patches":
         fate = torch.rand(images, count, generator=random)
-        others = (hidden + torch.randint(1, patches, (images, count), generator=random)) % patches
-        instead = torch.where(fate < TO_MASK, -1, torch.where(fate < TO_MASK + TO_OTHER, others, hidden))
-    source = torch.arange(patches).repeat(images, 1).scatter(1, hidden, instead)
-    return Masks(hidden, shown, source)
+        others = (masked + torch.randint(1, patches, (images, count), generator=random)) % patches
+        instead = torch.where(fate < TO_MASK, -1, torch.where(fate < TO_MASK + TO_OTHER, others, masked))
+    source = torch.arange(patches).repeat(images, 1).scatter(1, masked, instead)
+    return Masks(masked, visible, source)
 
 
 class Pretraining(nn.Module):
@@ -83,7 +83,7 @@ class Pretraining(nn.Module):
         nn.init.zeros_(encoder.head.bias)
 
     def forward(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, " B"]:
-        """The loss of each image, the mean over its hidden patches."""
+        """The loss of each image, the mean over its masked patches."""
         raise NotImplementedError
 
     def patchify(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N pixels"]:
@@ -91,8 +91,8 @@ class Pretraining(nn.Module):
         assert isinstance(self.encoder.patch_embedding, PatchEmbedding)  # Recipe sees to it
         return self.encoder.patch_embedding.patchify(images)
 
-    def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B H pixels"]:
-        """What the model takes the hidden patches for, like the images from -1 to 1."""
+    def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B M pixels"]:
+        """What the model takes the masked patches for, like the images from -1 to 1."""
         raise NotImplementedError
 
 
@@ -113,14 +113,14 @@ class MaskedPatchPrediction(Pretraining):
         nn.init.zeros_(self.prediction.bias)
 
     def forward(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, " B"]:
-        """The cross-entropy of the hidden patches' colours, for each image."""
-        colours = mean_colours(self.patchify(images)).gather(1, masks.hidden)
+        """The cross-entropy of the masked patches' colours, for each image."""
+        colours = mean_colours(self.patchify(images)).gather(1, masks.masked)
         logits = self.predict(images, masks)
         return F.cross_entropy(logits.transpose(1, 2), colours, reduction="none").mean(dim=1)
 
-    def predict(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B H colours"]:
-        """Logits of each hidden patch's colours."""
-        return self.prediction(rows_of(self.encode(images, masks), masks.hidden)).float()
+    def predict(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B M colours"]:
+        """Logits of each masked patch's colours."""
+        return self.prediction(rows_of(self.encode(images, masks), masks.masked)).float()
 
     def encode(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B N D"]:
         """The encoder's output for each patch of the corrupted images."""
@@ -130,7 +130,7 @@ class MaskedPatchPrediction(Pretraining):
         encoded = self.encoder.forward_encoder(self.encoder.place(patches))
         return encoded[:, self.encoder.config.num_prefix_tokens :]
 
-    def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B H pixels"]:
+    def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B M pixels"]:
         """Patches of the most probable colour each."""
         colours = self.predict(images, masks).argmax(dim=-1)
         levels = torch.stack([colours // LEVELS**2, colours // LEVELS % LEVELS, colours % LEVELS], dim=-1)
@@ -139,9 +139,9 @@ class MaskedPatchPrediction(Pretraining):
 
 
 class MaskedAutoencoder(Pretraining):
-    """Masked autoencoding (2111.06377, section 3): the encoder gets the shown patches alone; a small decoder gets its
-    output, with a [mask] embedding in the place of each hidden patch and fixed positions added to all, and predicts the
-    pixels of the hidden ones. The loss is the mean squared error of pixels that are normalised in each patch: less
+    """Masked autoencoding (2111.06377, section 3): the encoder gets the visible patches alone; a small decoder gets its
+    output, with a [mask] embedding in the place of each masked patch and fixed positions added to all, and predicts the
+    pixels of the masked ones. The loss is the mean squared error of pixels that are normalised in each patch: less
     their mean, over their standard deviation.
 
     What differs from its code: the class token has no part in it where the head reads the mean of the patches, other
@@ -166,19 +166,19 @@ class MaskedAutoencoder(Pretraining):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, " B"]:
-        """The squared error of the hidden patches' normalised pixels, for each image."""
-        patches = rows_of(self.patchify(images), masks.hidden)
+        """The squared error of the masked patches' normalised pixels, for each image."""
+        patches = rows_of(self.patchify(images), masks.masked)
         mean, deviation = moments(patches)
         return (self.predict(images, masks) - (patches - mean) / deviation).square().mean(dim=(1, 2))
 
-    def predict(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B H pixels"]:
-        """The normalised pixels of the hidden patches."""
+    def predict(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B M pixels"]:
+        """The normalised pixels of the masked patches."""
         tokens = self.decoder_embedding(self.encode(images, masks))
         front = self.encoder.config.num_prefix_tokens
-        prefix, shown = tokens[:, :front], tokens[:, front:]
-        hidden = self.mask_embedding.to(tokens.dtype).expand(len(tokens), masks.hidden.shape[1], -1)
-        back = torch.cat([masks.shown, masks.hidden], dim=1).argsort(dim=1)  # where each patch lies among these
-        patches = rows_of(torch.cat([shown, hidden], dim=1), back)
+        prefix, visible = tokens[:, :front], tokens[:, front:]
+        masked = self.mask_embedding.to(tokens.dtype).expand(len(tokens), masks.masked.shape[1], -1)
+        back = torch.cat([masks.visible, masks.masked], dim=1).argsort(dim=1)  # where each patch lies among these
+        patches = rows_of(torch.cat([visible, masked], dim=1), back)
         patches = patches + sincos_positions(patches.shape[1], patches.shape[2], patches.device)
         tokens = torch.cat([prefix.to(patches.dtype), patches], dim=1)
         for block in self.decoder_blocks:
@@ -186,16 +186,16 @@ class MaskedAutoencoder(Pretraining):
                 tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
                 tokens = block(tokens)
-        return self.prediction(rows_of(self.decoder_norm(tokens[:, front:]), masks.hidden)).float()
+        return self.prediction(rows_of(self.decoder_norm(tokens[:, front:]), masks.masked)).float()
 
     def encode(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B T D"]:
-        """The encoder's output for what stands in front of the patches, and for the shown ones."""
-        tokens, places = keep_patches(self.encoder.embed(images), masks.shown, self.encoder.config)
+        """The encoder's output for what stands in front of the patches, and for the visible ones."""
+        tokens, places = keep_patches(self.encoder.embed(images), masks.visible, self.encoder.config)
         return self.encoder.forward_encoder(tokens, None, places)
 
-    def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B H pixels"]:
+    def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B M pixels"]:
         """What was predicted, with the mean and the deviation of the true patches, which are not."""
-        mean, deviation = moments(rows_of(self.patchify(images), masks.hidden))
+        mean, deviation = moments(rows_of(self.patchify(images), masks.masked))
         return self.predict(images, masks) * deviation + mean
 
 
@@ -242,7 +242,7 @@ def mean_colours(patches: Float[Tensor, "B N pixels"]) -> Int[Tensor, "B N"]:
     return LEVELS**2 * red + LEVELS * green + blue
 
 
-def moments(patches: Float[Tensor, "B H pixels"]) -> tuple[Float[Tensor, "B H 1"], Float[Tensor, "B H 1"]]:
+def moments(patches: Float[Tensor, "B M pixels"]) -> tuple[Float[Tensor, "B M 1"], Float[Tensor, "B M 1"]]:
     """Mean and standard deviation of each patch's pixels, all channels together, as MAE's code takes them."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
 
@@ -278,8 +278,8 @@ def draw_pictures(model: Pretraining, pixels: Pixels, recipe: Recipe) -> dict[st
     masks = masks.to(pixels.device)
     seen = rows_of(patches, masks.source.clamp(min=0)) * (masks.source[..., None] >= 0)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        hidden = model.reconstruct(images, masks)
-    predicted = patches.scatter(1, masks.hidden[..., None].expand_as(hidden), hidden.float())
+        found = model.reconstruct(images, masks)
+    predicted = patches.scatter(1, masks.masked[..., None].expand_as(found), found.float())
     drawn = {"seen": seen, "predicted": predicted, "original": patches}
     return {name: unpatchify(of, model.encoder.config.patch_size) for name, of in drawn.items()}
 
