@@ -48,6 +48,7 @@ def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
     """A function that starts a run and has it die when it is about to do the step of that number (from 0). What was
     saved before is all that is left; a run that saves after each step loses nothing else."""
     from vitrail import session
+    from vitrail.step import train_step
 
     def cut(start: Callable[[], object], at: int) -> None:
         def step_or_die(model: Any, optimizer: Any, batches: Any, step: int) -> Any:
@@ -55,7 +56,6 @@ def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
                 raise ConnectionAbortedError("power cut")
             return train_step(model, optimizer, batches, step)
 
-        train_step = session.train_step
         with monkeypatch.context() as patch:
             patch.setattr(session, "train_step", step_or_die)
             with pytest.raises(ConnectionAbortedError, match="power cut"):

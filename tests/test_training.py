@@ -323,7 +323,7 @@ def test_the_latest_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pyte
     assert vitrail.train("digits", stop_after=1, **settings).run == Path("runs/digits-2")
     (foreign := Path("runs/foreign")).mkdir()  # of another version, say
     shutil.copytree("runs/digits/last", foreign / "last")
-    (foreign / "recipe.yaml").write_text("recipe: digits\nsettings: {decay_share: {value: 1.0, set_by: default}}\n")
+    (foreign / "recipe.yaml").write_text("recipe: digits\nsettings: {of_later: {value: 1.0, set_by: default}}\n")
     assert vitrail.train("digits", resume=True).run == Path("runs/digits-2")
     assert vitrail.train(resume=True).run == Path("runs/digits-2")
     Path("runs/digits/results.json").unlink()  # as of a run that is not finished
