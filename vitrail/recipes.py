@@ -31,7 +31,7 @@ _SMALL: dict[str, Any] = {
 FINE_TUNE = "fine-tune"  # the recipe that goes on from weights
 
 RECIPES: dict[str, Recipe] = {
-    # vitrail train: 46 s on two cores of a Xeon, top-1 0.981 ± 0.003 of the 359 test scans over seeds 0 to 2
+    # vitrail train: 51 s on two cores of a Xeon, top-1 0.981 ± 0.003 of the 359 test scans over seeds 0 to 2
     # (results/digits-seed-*; docs/log.md has what was tried).
     "digits": Recipe(
         data="digits", image_size=16, rotate=15.0, crop=1,  # the scans are 8 × 8: half a pixel is all they bear
