@@ -1,10 +1,9 @@
 """Few-shot linear evaluation: the closed form, what is drawn, and that a trained model's features are worth more than
-pixels; and the drawing of a model."""
+pixels."""
 
 import json
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,10 +14,7 @@ from sklearn.linear_model import Ridge
 import vitrail
 from vitrail import probe as probing
 from vitrail.cli import main
-from vitrail.config import ViTConfig
-from vitrail.drawing import draw, shown_patches, window
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer
 from vitrail.probe import CONSTANT, PENALTY, choose_shots, fit, probe
 
 
@@ -120,71 +116,3 @@ def test_typed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "32 features" in out
     assert main(["probe", str(trained), "--shots", "9999"]) == 2
     assert "take at most" in capsys.readouterr().err
-
-
-# The drawing
-
-
-def text_of(svg: str) -> str:
-    return " ".join(ElementTree.fromstring(svg).itertext())
-
-
-@pytest.mark.parametrize("name", ["ViT-B/16", "ViT-H/14", "ViT-S/16-gap", "R+ViT-Ti/16", "R50+ViT-L/32"])
-def test_a_drawing_has_the_numbers_of_its_model(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["draw", name, "--output", str(tmp_path / "model.svg")]) == 0
-    text = text_of((tmp_path / "model.svg").read_text("utf-8"))
-    with torch.device("meta"):
-        model = vitrail.create(name)
-    config = model.config
-    parameters = sum(weight.numel() for weight in model.parameters())
-    assert f"{parameters:,} parameters, images of 224 × 224 pixels, 1,000 classes" in text
-    assert f"{config.num_layers} ×" in text
-    assert f"{config.num_heads} heads of {config.hidden_size // config.num_heads}" in text
-    assert ("Mean of all patches" in text) == (config.classifier == "gap")
-    assert ("* learnt class token" in text) == (config.classifier == "token")
-    assert ("ResNet" in text) == (config.resnet_blocks is not None)
-
-
-def test_what_later_papers_add_is_drawn() -> None:
-    config = ViTConfig(
-        16, 4, 24, 48, 3, 2, 5, representation_size=8, positions="rotary", stem="convolutions", registers=2,
-        qk_norm=True, layer_scale=0.1,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = VisionTransformer(config)
-    text = text_of(draw(model, "a <model> & more", ("cat", "dog & mouse")))
-    for said in ("a <model> & more", "class: cat, dog & mouse", "R 2 learnt registers", "Layer with tanh",
-                 "× scale: 24", "Convolutions of stride 2", "keys normalised, turned by position"):  # fmt: skip
-        assert said in text
-
-
-def test_a_run_is_drawn_with_its_classes_and_an_image(trained: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    output = tmp_path / "run.svg"
-    words = ["draw", str(trained), "--image", str(tmp_path / "red.png"), "--output", str(output)]
-    assert main(words) == 0
-    assert "class: 0, 1, 2, …" in text_of(output.read_text("utf-8"))
-    assert main(words) == 0  # its own file gives way
-
-
-def test_what_cannot_be_drawn_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.svg").write_text("<svg/>")
-    for words, says in (
-        (["ViT-B16", "--output", "a.svg"], "did you mean 'ViT-B/16'?"),
-        (["ViT-B/16", "--output", "a.png"], "call it a.svg"),
-        (["ViT-B/16", "--output", str(tmp_path / "mine.svg")], "was not written by this command"),
-        (["ViT-B/16", "--image-size", "30", "--output", "a.svg"], "images of 30 pixels do not divide"),
-    ):
-        assert main(["draw", *words]) == 2
-        assert says in capsys.readouterr().err
-
-
-def test_patches_and_window() -> None:
-    assert shown_patches(3) == list(range(9))
-    assert shown_patches(4) == [0, 1, None, 8, 9, 10, 11, None, 14, 15]
-    assert shown_patches(14)[-1] == 195
-    pixels = window(64)
-    assert pixels.shape == (64, 64, 3)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitrail.batches import Pixels, Targets, TrainingBatches
 from vitrail.cache import Images
+from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
 from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer
@@ -40,7 +41,9 @@ class Cramped(VisionTransformer):
 def setting(recipe: Recipe) -> tuple[Cramped, TrainingBatches]:
     """A model with weights that are not zero, and its batches of random images."""
     torch.manual_seed(0)
-    model = Cramped(model_config(recipe, 3))
+    config = model_config(recipe, 3)
+    assert isinstance(config, ViTConfig)
+    model = Cramped(config)
     torch.nn.init.normal_(model.head.weight)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     images = replace(Images.pack(list(pixels), [str(n) for n in range(20)]), labels=np.arange(20) % 3)

@@ -27,8 +27,8 @@ import vitrail
 from vitrail.checkpoint import Run, read_about, read_tensors, write_tensors
 from vitrail.errors import BadInput, Diverged
 from vitrail.evaluate import evaluate_run, predict_files
+from vitrail.floor import faster_precision
 from vitrail.model import VisionTransformer
-from vitrail.process import faster_precision
 from vitrail.recipes import RECIPES, resolve
 from vitrail.session import Result
 from vitrail.training import build_model

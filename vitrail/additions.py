@@ -69,10 +69,15 @@ def keep_patches(
     tokens: Float[Tensor, "B T D"], kept: Int[Tensor, "B _"], config: ViTConfig
 ) -> tuple[Float[Tensor, "B _ D"], Int[Tensor, "B _ 2"]]:
     """The tokens in front of the patches, and the patches of those numbers; and the rows and columns of these."""
-    batch, count, device = len(tokens), tokens.shape[1] - config.num_prefix_tokens, tokens.device
-    front = torch.arange(config.num_prefix_tokens, device=device).expand(batch, -1)
-    index = torch.cat([front, config.num_prefix_tokens + kept], dim=1)  # of the tokens of each image
-    return tokens[torch.arange(batch, device=device)[:, None], index], grid(count, device)[kept]
+    front, device = config.num_prefix_tokens, tokens.device
+    index = torch.cat([torch.arange(front, device=device).expand(len(tokens), -1), front + kept], dim=1)
+    return rows_of(tokens, index), grid(tokens.shape[1] - front, device)[kept]
+
+
+def rows_of(x: Float[Tensor, "B T width"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M width"]:
+    """Of each image, the rows of those numbers."""
+    # The gradient of torch.gather is slow where CUDA is to add up in a fixed order: it sorts every number's index.
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 def initialise_as_torch(model: nn.Module) -> None:

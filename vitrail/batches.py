@@ -29,6 +29,12 @@ STREAMS: dict[Stream, int] = {
 }  # fmt: skip
 
 
+def first_step(epoch: int, images: int, batch_size: int) -> int:
+    """The first step that belongs to the epoch (from 0): the one before it saw the last epoch's last image. Of the
+    epoch behind the last, it is how many steps there are."""
+    return -(-epoch * images // batch_size)
+
+
 def stream_seed(seed: int, stream: Stream, number: int) -> int:
     """A seed of its own for each use of randomness and each step or epoch `number`."""
     return int(np.random.SeedSequence([seed, STREAMS[stream], number]).generate_state(1, np.uint64)[0] >> 1)
@@ -151,8 +157,8 @@ class TrainingBatches:
         return self.first_step(self.recipe.epochs)
 
     def first_step(self, epoch: int) -> int:
-        """The first step that belongs to the epoch (from 0): the one before it saw the last epoch's last image."""
-        return -(-epoch * len(self.pixels) // self.recipe.batch_size)
+        """The first step that belongs to the epoch."""
+        return first_step(epoch, len(self.pixels), self.recipe.batch_size)
 
     def _permutation(self, epoch: int) -> Int[Tensor, " images"]:
         return torch.randperm(len(self.pixels), generator=generator(self.recipe.seed, "order", epoch))

@@ -10,6 +10,7 @@ model/model.safetensors
 last/state.safetensors       all that resuming needs
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -181,6 +182,12 @@ class Run:
             raise BadInput(f"{self.path} has no recipe.yaml: it is no training run.") from None
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise BadInput(f"{path} is damaged or of another version of Vitrail: {error}.") from None
+
+    def known_recipe(self) -> Recipe | None:
+        """The settings of the run; None where it has none, or those of another version of Vitrail."""
+        with contextlib.suppress(BadInput):
+            return self.recipe().recipe if self.trained else None
+        return None
 
     def note_launch(self, entry: dict[str, Any]) -> None:
         """Add to `environment.json` what the run is started, or goes on, with."""

@@ -1,7 +1,7 @@
 """What can go wrong in a way that the user can mend. The command line turns each into a sentence and an exit status."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BadInput(Exception):
@@ -18,6 +18,13 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def wrong_shape(size: int, shape: Sequence[int], mend: str) -> BadInput:
+    """Images of a shape that is not the model's; `mend` is what to do about their size."""
+    if shape[1] != 3:
+        mend = "repeat a grey channel three times, or drop transparency"
+    return BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {tuple(shape)}: {mend}.")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from vitrail.cache import Images
 from vitrail.checkpoint import Run, read_about
 from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
-from vitrail.images import Unreadable, open_image, to_pixels
+from vitrail.images import BUILT_IN, Unreadable, open_image, to_pixels
 from vitrail.progress import track
 from vitrail.recipes import Resolved
 from vitrail.settings import Precision, Recipe
@@ -192,12 +192,32 @@ def open_classifier(path: Path) -> Run:
         BadInput: there is no such run, or it is one of pre-training.
     """
     run = Run.open(path)
-    if run.trained and run.recipe().recipe.objective != "classes":
+    if run.trained and run.recipe().recipe.self_supervised:
         raise BadInput(
             f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train {run.recipe().name} --from "
             f"{path}; or measure what it sees: vitrail probe {path}."
         )
     return run
+
+
+def own_images(run: Run) -> str:
+    """The data set that a run was trained on.
+
+    Raises:
+        BadInput: it is not where it was, or the run was not trained here.
+    """
+    if not run.trained:
+        raise BadInput(
+            f"{run.path} was not trained here, and has no images of its own. Say with --data D which to take."
+        )
+    data = run.recipe().recipe.data
+    there = Path(data).expanduser()
+    if data in BUILT_IN or there.exists():
+        return data
+    why = "which is no longer there"
+    if not there.is_absolute():
+        why = "a path from the folder in which that was started; there is no such thing in this one"
+    raise BadInput(f"{run.path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
 def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -> dict[str, Any]:
@@ -213,13 +233,13 @@ def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -
     """
     run = open_classifier(path)
     # Weights from elsewhere have no recipe, and no images of their own.
-    resolved = run.recipe() if run.trained or data is None else Resolved(path.resolve().name, Recipe(), {})
+    resolved = run.recipe() if run.trained else Resolved(path.resolve().name, Recipe(), {})
     recipe = resolved.recipe
     model, classes = run.load_model()
     mean, std = run.preprocessing()
     size = model.config.image_size
     if data is None:
-        dataset = cache.load(recipe.data, size, holdout=recipe.holdout)
+        dataset = cache.load(own_images(run), size, holdout=recipe.holdout)
         if dataset.classes != classes:
             raise BadInput(f"{dataset.name} no longer has the {len(classes)} classes that {path} was trained on.")
         name, split, images = dataset.name, dataset.evaluation, dataset.splits[dataset.evaluation]

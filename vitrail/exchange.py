@@ -1,6 +1,5 @@
 """Weights in and out: anything that `weights.read` reads → a run folder; a run → a folder of another library."""
 
-import contextlib
 import math
 import os
 import shutil
@@ -17,6 +16,7 @@ from vitrail.errors import BadInput
 from vitrail.formats import HEAD, Imported, read_json
 from vitrail.images import MARGIN
 from vitrail.model import VisionTransformer
+from vitrail.settings import Recipe
 from vitrail.timm_format import check_timm, write_timm
 from vitrail.transformers_format import check_transformers, write_transformers
 from vitrail.weights import build, read
@@ -85,12 +85,13 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
     imported = read(source)
     if HEAD[0] not in imported.tensors:
         raise BadInput(f"{source} has no head, and so no classes; vitrail import --num-classes N puts one on.")
-    if _pretrained(source):
+    recipe = Run(source).known_recipe()
+    if recipe is not None and recipe.self_supervised:
         raise BadInput(f"{source} was pre-trained, and has learnt no classes to export; train it first, with --from.")
     CHECK[library](imported.config)
     if output.exists() or output.is_symlink():
         raise BadInput(f"{output} exists, and is not overwritten; name another folder with --output.")
-    imported = replace(imported, shorter_side=_shorter_side(source, imported.config.image_size))
+    imported = replace(imported, shorter_side=_shorter_side(recipe, imported.config.image_size))
     card = _card(imported, library, output.name, source)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}")
@@ -122,22 +123,11 @@ def compare_outputs(model: VisionTransformer, other: VisionTransformer) -> float
     return float(torch.stack(differences).max())
 
 
-def _pretrained(source: Path) -> bool:
-    """Whether a run has learnt no classes."""
-    with contextlib.suppress(BadInput):  # of another version of Vitrail, which had no pre-training
-        return (source / "recipe.yaml").is_file() and Run(source).recipe().recipe.objective != "classes"
-    return False
-
-
-def _shorter_side(source: Path, image_size: int) -> int | None:
+def _shorter_side(recipe: Recipe | None, image_size: int) -> int | None:
     """What the shorter side of an image is to be resized to, where the images of a run were smaller than `to_pixels`
     makes large ones: then that is what its figures are of."""
-    if not (source / "recipe.yaml").is_file():
-        return None
-    with contextlib.suppress(BadInput):  # of another version of Vitrail: its weights will do
-        known = SIDES.get(Run.open(source).recipe().recipe.data)
-        return known and min(max(known, image_size), round(image_size * MARGIN))
-    return None
+    known = SIDES.get(recipe.data) if recipe else None
+    return known and min(max(known, image_size), round(image_size * MARGIN))
 
 
 def _card(imported: Imported, library: Library, name: str, source: Path) -> str:

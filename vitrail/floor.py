@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from vitrail.config import ViTConfig
-from vitrail.process import faster_precision
 
 Precision = Literal["fp32", "bf16"]  # of the matrix products; weights are float32 in both
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -131,6 +130,18 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     size = size or (1024 if device.type == "cpu" else 8192)
     square = Product(size, size, size)
     return square.flops / _seconds_of_one(square, device, dtype)
+
+
+def faster_precision(device: torch.device) -> Precision:
+    """The one that is worth training in: bf16 on CUDA devices that have it; on a CPU, the one whose matrix products are
+    the faster here, for some processors have instructions for bf16 and others take several times as long for it; fp32
+    elsewhere."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    rates = {precision: matrix_rate(device, dtype, 512) for precision, dtype in DTYPES.items()}
+    return "bf16" if rates["bf16"] > rates["fp32"] else "fp32"
 
 
 def precisions(device: torch.device) -> list[Precision]:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.config import Gelu, ViTConfig
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, wrong_shape
 from vitrail.positions import Rotation, apply_rotary, resize_position_embedding, rotary_positions, sincos_positions
 from vitrail.resnet import ResNet, lecun_normal_, out_channels
 
@@ -226,10 +226,7 @@ class VisionTransformer(nn.Module):
         smaller = self.training and images.shape[1:] == (3, side, side) and side in range(cell, size, cell)
         if images.shape[1:] != (3, size, size) and not smaller:
             mend = "resize them, or load the model with image_size=… to resize its position embeddings"
-            if images.shape[1] != 3:
-                mend = "repeat a grey channel three times, or drop transparency"
-            shape = tuple(images.shape)
-            raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
+            raise wrong_shape(size, images.shape, mend)
         # The hybrid cuts its patches out of a ResNet's feature map instead of the image (section 3.1).
         return self.patch_embedding(images if self.resnet is None else self.resnet(images))
 

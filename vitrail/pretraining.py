@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrail.additions import keep_patches
+from vitrail.additions import keep_patches, rows_of
 from vitrail.augment import normalise, send
 from vitrail.batches import Pixels, evaluation_batches, generator
 from vitrail.config import ViTConfig
@@ -225,12 +225,6 @@ def decoder_config(recipe: Recipe) -> ViTConfig:
         image_size=recipe.image_size, patch_size=recipe.patch_size, hidden_size=width, mlp_dim=4 * width,
         num_heads=width // HEAD_WIDTH, num_layers=recipe.decoder_layers,
     )  # fmt: skip
-
-
-def rows_of(x: Float[Tensor, "B N width"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M width"]:
-    """Of each image, the rows of those numbers."""
-    # The gradient of torch.gather is slow where CUDA is to add up in a fixed order: it sorts every number's index.
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 def mean_colours(patches: Float[Tensor, "B N pixels"]) -> Int[Tensor, "B N"]:

@@ -28,12 +28,12 @@ from vitrail.checkpoint import Run, read_tensors, write_tensors
 from vitrail.config import Colours
 from vitrail.environment import commit
 from vitrail.errors import BadInput
-from vitrail.evaluate import pick_device
+from vitrail.evaluate import own_images, pick_device
+from vitrail.floor import faster_precision
 from vitrail.formats import HEAD
 from vitrail.models import Model
-from vitrail.process import faster_precision
 from vitrail.progress import track
-from vitrail.weights import build, digest, read
+from vitrail.weights import build, digest, is_run, read
 
 SHOTS = (1, 5, 10, 25)  # training images a class
 DRAWS = 5  # of them; the code has 3
@@ -98,10 +98,11 @@ def probe(source: Path, data: str | None = None, shots: Sequence[int] | None = N
     """
     model, mean, std = headless(source)
     size = model.config.image_size
-    own = Run.open(source).recipe().recipe if (source / "recipe.yaml").is_file() else None
-    if data is None and own is None:
-        raise BadInput(f"{source} was not trained here, and has no images of its own. Say with --data D which to take.")
-    dataset = cache.load(data or (own.data if own else ""), size, holdout=own.holdout if own and data is None else 0.0)
+    run = Run(source)
+    if data is None:
+        dataset = cache.load(own_images(run), size, holdout=run.recipe().recipe.holdout)
+    else:
+        dataset = cache.load(data, size)
     train, judged = dataset.splits["train"], dataset.splits[dataset.evaluation]
     wanted = choose_shots(shots, train.labels, dataset.classes, dataset.name)
     draws = [draw(train.labels, len(dataset.classes), wanted[-1], seed) for seed in range(DRAWS)]
@@ -135,7 +136,7 @@ def headless(source: Path) -> tuple[Model, Colours, Colours]:
         BadInput: as `weights.load`.
     """
     model: Model
-    if (source / "model" / "config.json").is_file():
+    if is_run(source):
         run = Run.open(source)
         (model, _), (mean, std) = run.load_model(), run.preprocessing()
     else:

@@ -6,12 +6,11 @@ import resource
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -59,27 +58,6 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         settings.fill_uninitialized_memory = before[1]
-
-
-def faster_precision(device: torch.device) -> Literal["fp32", "bf16"]:
-    """The one that is worth training in: bf16 on CUDA devices that have it; on a CPU, the one whose matrix products are
-    the faster here, for some processors have instructions for bf16 and others take several times as long for it; fp32
-    elsewhere."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-
-    def seconds(dtype: torch.dtype) -> float:
-        square = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            square @ square
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
 
 
 def keep_freed_memory() -> None:

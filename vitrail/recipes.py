@@ -28,7 +28,9 @@ _SMALL: dict[str, Any] = {
     "label_smoothing": 0.1, "schedule": "linear", "cooldown": 0.7, "warmup": 0.05, "precision": "auto",
 }  # fmt: skip
 
+DEFAULT = "digits"
 FINE_TUNE = "fine-tune"  # the recipe that goes on from weights
+PRETRAINING: dict[str, Any] = {"objective": "pixels"}  # what pre-training has where nothing else is said
 
 RECIPES: dict[str, Recipe] = {
     # vitrail train: 51 s on two cores of a Xeon, top-1 0.981 ± 0.003 of the 359 test scans over seeds 0 to 2
@@ -75,6 +77,11 @@ class Resolved:
     set_by: dict[str, str]
     weights: str | None = None  # that the run begins with, as they were named; None for random ones
     digest: str = ""  # of these
+
+
+def default_recipe(from_weights: bool) -> str:
+    """The recipe that is trained where none is named."""
+    return FINE_TUNE if from_weights else DEFAULT
 
 
 def resolve(name: str, **overrides: Any) -> Resolved:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, wrong_shape
 
 GROUPS = 32
 GROUP_NORM_EPS = 1e-6
@@ -231,13 +231,10 @@ class ResNetClassifier(nn.Module):
         Raises:
             BadInput: as `forward`.
         """
-        size, shape = self.config.image_size, tuple(images.shape)
+        size, shape = self.config.image_size, images.shape
         smaller = self.training and shape[2] == shape[3] < size
         if shape[1] != 3 or not (smaller or shape[2:] == (size, size)):
-            mend = "resize them, or load the model with image_size=…"
-            if shape[1] != 3:
-                mend = "repeat a grey channel three times, or drop transparency"
-            raise BadInput(f"the model takes images of shape (batch, 3, {size}, {size}), not {shape}: {mend}.")
+            raise wrong_shape(size, shape, "resize them, or load the model with image_size=…")
         return self.resnet(images, self.training and self.checkpoint_activations).mean(dim=(2, 3))
 
     def resize(self, image_size: int) -> None:

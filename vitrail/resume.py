@@ -85,7 +85,7 @@ def latest(name: str | None, *, pretrained: bool) -> Path:
     for run in (Run(state.parent.parent) for state in states):
         with contextlib.suppress(BadInput):  # damaged, or of another version: named, it says so
             of = run.recipe()
-            if name in (None, of.name) and pretrained == (of.recipe.objective != "classes"):
+            if name in (None, of.name) and pretrained == of.recipe.self_supervised:
                 runs.append(run.path)
     if not runs:
         what = f"{'pre-training ' if pretrained else ''}run{f' of {name}' if name else ''}"

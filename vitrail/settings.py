@@ -43,7 +43,7 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
     ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
     ("cooldown", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
-    ("mask_ratio", lambda recipe: recipe.objective != "classes", "objective is patches or pixels"),
+    ("mask_ratio", lambda recipe: recipe.self_supervised, "objective is patches or pixels"),
     ("decoder_layers", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
     ("decoder_hidden_size", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
     *((name, lambda recipe: recipe.architecture == "vit", "architecture is vit") for name in SIZES),
@@ -177,6 +177,11 @@ class Recipe:
         """Whether training images are mixed with one another."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def self_supervised(self) -> bool:
+        """Whether it is a recipe of pre-training, which reads no labels."""
+        return self.objective != "classes"
+
     def __post_init__(self) -> None:
         flip = vars(self)["flip"]
         if isinstance(flip, bool):  # what the first run folders have
@@ -211,7 +216,7 @@ class Recipe:
             raise BadInput(f"{self.architecture} has no {', '.join(lacking)}; leave it out, or set {mend}.")
 
     def _check_objective(self) -> None:
-        if self.objective == "classes":
+        if not self.self_supervised:
             return
         if useless := [name for name, off in CLASSES_ONLY.items() if getattr(self, name) != off]:
             mend = ", ".join(f"{name} = {CLASSES_ONLY[name]:g}" for name in useless)

@@ -9,18 +9,20 @@ import torch
 
 from vitrail import cache
 from vitrail.additions import initialise_as_torch, zero_residuals
+from vitrail.batches import first_step
 from vitrail.checkpoint import Run
 from vitrail.config import ViTConfig
 from vitrail.environment import describe
 from vitrail.errors import BadInput
 from vitrail.evaluate import pick_device
+from vitrail.floor import faster_precision
 from vitrail.model import VisionTransformer
-from vitrail.models import Model
+from vitrail.models import Config, Model, build
 from vitrail.optimize import RunningAverage, build_optimizer, warmup_steps
 from vitrail.pretraining import Trainee, decoder_config, with_objective
-from vitrail.process import deterministic, faster_precision, keep_freed_memory, stop_signals
-from vitrail.recipes import FINE_TUNE, Resolved, resolve
-from vitrail.resnet import ResNetClassifier, ResNetConfig
+from vitrail.process import deterministic, keep_freed_memory, stop_signals
+from vitrail.recipes import PRETRAINING, Resolved, default_recipe, resolve
+from vitrail.resnet import ResNetConfig
 from vitrail.resume import Progress, check_images, compare_launches, latest, take_up
 from vitrail.session import Result, Session
 from vitrail.settings import Recipe
@@ -63,7 +65,7 @@ def train(
         run, resolved = take_up(recipe, output, settings)
         start = go_on(run, resolved)
     else:
-        run, resolved = None, resolve(recipe or ("digits" if from_weights is None else FINE_TUNE), **settings)
+        run, resolved = None, resolve(recipe or default_recipe(from_weights is not None), **settings)
         start = begin(resolved, from_weights)
     device = pick_device(settings.get("device", start.resolved.recipe.device))
     start = replace(start, resolved=settle(start.resolved, device))
@@ -78,7 +80,7 @@ def train(
     progress = Progress(images=dataset.digest())
     launch = describe(device)
     if run is None:  # only now: what is wrong with the input was said before anything was written
-        name = resolved.name if chosen.objective == "classes" else f"{resolved.name}-pretrained"
+        name = f"{resolved.name}-pretrained" if chosen.self_supervised else resolved.name
         run = Run.create(Path(output) if output is not None else Path("runs") / name)
         run.write_recipe(resolved)
     else:
@@ -111,16 +113,15 @@ def check(start: Start, stop_after: int | None) -> None:
     Raises:
         BadInput: there can be no such model, or no such run.
     """
-    recipe, pretrained = start.resolved.recipe, start.resolved.recipe.objective != "classes"
-    if start.imported is not None and pretrained:
+    recipe = start.resolved.recipe
+    if start.imported is not None and recipe.self_supervised:
         raise BadInput("pre-training begins with random weights; leave --from out.")
     if stop_after is not None and not 1 <= stop_after <= recipe.epochs:
         raise BadInput(
             f"stop-after is {stop_after}; it must be from 1 to {recipe.epochs}, the epochs of the run (--epochs)."
         )
-    if recipe.architecture == "vit":
-        model_config(recipe, 1, start.base)
-    if pretrained:
+    model_config(recipe, 1, start.base)
+    if recipe.self_supervised:
         decoder_config(recipe)
 
 
@@ -140,10 +141,10 @@ def pretrain(
         raise BadInput("pre-training has no labels: objective may be pixels or patches. What learns classes is train.")
     if resume:
         output = latest(recipe, pretrained=True) if output is None else output
-        if Run.open(output).recipe().recipe.objective == "classes":
+        if not Run.open(output).recipe().recipe.self_supervised:
             raise BadInput(f"{output} learns classes; go on with it by train, or name a run of pre-training.")
     else:
-        settings.setdefault("objective", "pixels")
+        settings = PRETRAINING | settings
     return train(recipe, output=output, resume=resume, **settings)
 
 
@@ -153,7 +154,7 @@ def check_warmup(recipe: Recipe, images: int) -> None:
     Raises:
         BadInput: it does not, so that the learning rate would never be at its peak.
     """
-    steps = -(-recipe.epochs * images // recipe.batch_size)
+    steps = first_step(recipe.epochs, images, recipe.batch_size)
     if recipe.warmup >= 1 and warmup_steps(recipe, steps) >= steps:
         raise BadInput(
             f"the warm-up of {recipe.warmup:g} steps is as long as the run, which has {steps:,} ({recipe.epochs} "
@@ -165,11 +166,7 @@ def check_warmup(recipe: Recipe, images: int) -> None:
 def build_model(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Model:
     """The model that a recipe trains, as it begins where no weights are given."""
     torch.manual_seed(recipe.seed)
-    model: Model
-    if recipe.architecture == "vit":
-        model = VisionTransformer(model_config(recipe, num_classes, base))
-    else:
-        model = ResNetClassifier(ResNetConfig(recipe.image_size, num_classes))
+    model = build(model_config(recipe, num_classes, base))
     if recipe.initial_weights == "torch":
         initialise_as_torch(model)
     if recipe.zero_residual:
@@ -181,7 +178,7 @@ def build_model(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Mod
 def to_train(model: Model, recipe: Recipe) -> Trainee:
     """The model, compiled if the recipe says so; to be pre-trained, with what its objective needs beside it."""
     trainee: Trainee = model
-    if recipe.objective != "classes":
+    if recipe.self_supervised:
         assert isinstance(model, VisionTransformer)  # Recipe sees to it
         trainee = with_objective(model, recipe)
     if recipe.compile:
@@ -189,7 +186,9 @@ def to_train(model: Model, recipe: Recipe) -> Trainee:
     return trainee
 
 
-def model_config(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> ViTConfig:
-    """The shape of the Vision Transformer that a recipe trains; what it has no setting for is as `base` has it."""
+def model_config(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Config:
+    """The shape of the model that a recipe trains; what that has no setting for is as `base` has it."""
+    if recipe.architecture != "vit":
+        return ResNetConfig(recipe.image_size, num_classes)
     shared = {setting.name for setting in fields(ViTConfig)} & vars(recipe).keys()
     return replace(base, num_classes=num_classes, **{name: getattr(recipe, name) for name in shared})

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, real, shown
 from vitrail.errors import BadInput
-from vitrail.recipes import FINE_TUNE, RECIPES, resolve
+from vitrail.recipes import DEFAULT, FINE_TUNE, PRETRAINING, RECIPES, default_recipe, resolve
 from vitrail.settings import Recipe
 from vitrail.tables import as_json, table
 
@@ -27,14 +27,14 @@ def take_train(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--from", dest="from_weights", type=Path, metavar="WEIGHTS", default=argparse.SUPPRESS, help=weights
     )
-    default = FINE_TUNE if any(word.partition("=")[0] == "--from" for word in argv) else "digits"
-    take_run(parser, argv, default, f"digits; with --from, {FINE_TUNE}", "runs/RECIPE", {})
+    default = default_recipe(any(word.partition("=")[0] == "--from" for word in argv))
+    take_run(parser, argv, default, f"{DEFAULT}; with --from, {FINE_TUNE}", "runs/RECIPE", {})
 
 
 def take_pretrain(parser: Parser, argv: Sequence[str]) -> None:
     """The flags of a run."""
     parser.usage = "vitrail pretrain [RECIPE] [--objective patches] [--output RUN] [--resume] [SETTING ...]"
-    take_run(parser, argv, "digits", "digits", "runs/RECIPE-pretrained", {"objective": "pixels"})
+    take_run(parser, argv, DEFAULT, DEFAULT, "runs/RECIPE-pretrained", PRETRAINING)
 
 
 def take_run(
@@ -74,10 +74,10 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
     given = dict(vars(args))
     name = given.pop("recipe", None)
     if "resume" not in given:
-        settings: dict[str, Any] = {"objective": "pixels"} if pretrained else {}
-        settings |= {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
-        default = FINE_TUNE if "from_weights" in given else "digits"
-        resolve(name or default, **settings)  # what is wrong with them is said at once, before torch is imported
+        settings = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
+        settings = (PRETRAINING if pretrained else {}) | settings
+        # What is wrong with them is said at once, before torch is imported.
+        resolve(name or default_recipe("from_weights" in given), **settings)
     from vitrail.environment import program
     from vitrail.progress import duration
     from vitrail.training import pretrain, train
@@ -126,8 +126,6 @@ def do_evaluate(args: argparse.Namespace) -> str:
     """Measure a run's weights: the figures in all, and the classes they do worst on."""
     from vitrail.evaluate import evaluate_run
 
-    if args.data is None:
-        check_own_data(args.run)
     figures = evaluate_run(args.run, args.data, mirror=args.mirror)
     if args.json:
         return as_json(figures)
@@ -175,6 +173,7 @@ def do_report(args: argparse.Namespace) -> str:
     """Write a run's page anew. Without the images, it is a page without pictures."""
     from vitrail import cache
     from vitrail.checkpoint import Run
+    from vitrail.evaluate import own_images
     from vitrail.progress import say
     from vitrail.report import write_report
 
@@ -182,37 +181,13 @@ def do_report(args: argparse.Namespace) -> str:
     recipe = run.recipe().recipe if run.trained else None
     size, holdout = (recipe.image_size, recipe.holdout) if recipe else (run.config()[0].image_size, 0.0)
     try:
-        if args.data is None:
-            check_own_data(args.run)
-        dataset = cache.load(args.data or (recipe.data if recipe else ""), size, holdout=holdout)
+        dataset = cache.load(args.data or own_images(run), size, holdout=holdout)
     except BadInput as error:
         if args.data:
             raise
         say(f"vitrail: the page will be without pictures: {error}")
         dataset = None
     return str(write_report(args.run, dataset))
-
-
-def check_own_data(path: Path) -> None:
-    """See to it that what a run was trained on is there.
-
-    Raises:
-        BadInput: it is not, or there is no such run.
-    """
-    from vitrail.checkpoint import Run
-    from vitrail.images import BUILT_IN
-
-    run = Run.open(path)
-    if not run.trained:
-        raise BadInput(f"{path} was not trained here, and has no images of its own. Say with --data D which to take.")
-    data = run.recipe().recipe.data
-    there = Path(data).expanduser()
-    if data in BUILT_IN or there.exists():
-        return
-    why = "which is no longer there"
-    if not there.is_absolute():
-        why = "a path from the folder in which that was started; there is no such thing in this one"
-    raise BadInput(f"{path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
 def headline(figures: dict[str, Any]) -> str:

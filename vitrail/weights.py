@@ -16,7 +16,7 @@ from vitrail.formats import HEAD, PICKLES, Imported, read_json
 from vitrail.model import VisionTransformer
 from vitrail.models import Model
 from vitrail.official import read_official
-from vitrail.resnet import ResNetClassifier
+from vitrail.resnet import ResNetClassifier, ResNetConfig
 from vitrail.timm_format import read_timm
 from vitrail.transformers_format import read_transformers
 
@@ -25,7 +25,7 @@ UNDERSTOOD = (
     "have a config.json and a model.safetensors"
 )
 
-__all__ = ["Imported", "build", "digest", "load", "read"]
+__all__ = ["Imported", "build", "digest", "is_run", "load", "read"]
 
 
 def load(source: Path | str, *, image_size: int | None = None, num_classes: int | None = None) -> Model:
@@ -41,15 +41,10 @@ def load(source: Path | str, *, image_size: int | None = None, num_classes: int 
         BadInput: there is no such file or folder, it is damaged, its config disagrees with its weights, or they are of
             a model that Vitrail's cannot be.
     """
-    if _is_run(Path(source)):
-        model, _ = Run.open(source).load_model()
-        if isinstance(model, ResNetClassifier):
-            if num_classes is not None:
-                model.replace_head(num_classes)
-            if image_size is not None:
-                model.resize(image_size)
-            return model.eval()
-    return build(read(Path(source)), Path(source), image_size=image_size, num_classes=num_classes)
+    source = Path(source)
+    if is_run(source) and isinstance((run := Run.open(source)).config()[0], ResNetConfig):
+        return _load_resnet(run, image_size, num_classes)
+    return build(read(source), source, image_size=image_size, num_classes=num_classes)
 
 
 def read(source: Path) -> Imported:
@@ -66,7 +61,7 @@ def read(source: Path) -> Imported:
         raise BadInput(f"{source} is a file{pickled}. Vitrail reads {UNDERSTOOD}.")
     if (source / "config.json").is_file():
         return _read_foreign(source)
-    if source.is_dir() and not _is_run(source):
+    if source.is_dir() and not is_run(source):
         names = sorted(entry.name for entry in source.iterdir())
         found = f"it has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else "it is empty"
         raise BadInput(
@@ -75,7 +70,17 @@ def read(source: Path) -> Imported:
     return _read_run(Run.open(source))
 
 
-def _is_run(source: Path) -> bool:
+def _load_resnet(run: Run, image_size: int | None, num_classes: int | None) -> Model:
+    model, _ = run.load_model()
+    assert isinstance(model, ResNetClassifier)
+    if num_classes is not None:
+        model.replace_head(num_classes)
+    if image_size is not None:
+        model.resize(image_size)
+    return model.eval()
+
+
+def is_run(source: Path) -> bool:
     """Whether it is a folder that is read as a run's."""
     foreign = (source / "config.json").is_file()
     return not foreign and any((source / name).exists() for name in ("recipe.yaml", "model/config.json"))
