@@ -9,7 +9,7 @@ BIN := .venv/bin
 # of the environment that the target lies in
 PIP = $(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help install train test bench check format clean
+.PHONY: help install train test trackers bench notebooks check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -27,8 +27,14 @@ train: .venv/installed ## make the environment, train the recipe digits (under a
 test: .venv/installed-dev ## make the environment and run the tests
 	@$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
+trackers: .venv-trackers/installed ## test --track with Weights & Biases and a real MLflow server, in an environment of its own
+	@.venv-trackers/bin/pytest tests/test_track.py $(ARGS)
+
 bench: .venv-bench/installed ## measure speed beside timm, vit-pytorch, transformers and torchvision → docs/speed.md
 	@.venv-bench/bin/vitrail bench --output docs/speed.md $(ARGS)
+
+notebooks: .venv/installed-dev ## run the notebooks, and keep in them what they show
+	@$(BIN)/python tests/notebooks.py $(ARGS)
 
 check: .venv/installed-dev ## format, lint and strict types, as CI does; nothing is changed
 	@$(BIN)/ruff format --check .
@@ -40,7 +46,7 @@ format: .venv/installed-dev ## put the code in its format, and mend what ruff ca
 	@$(BIN)/ruff format .
 
 clean: ## remove the environments and all caches of tools; runs/ is left alone
-	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-bench .venv-trackers .mypy_cache .pytest_cache .ruff_cache build dist
 	find vitrail tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define environment
@@ -59,6 +65,12 @@ endef
 
 .venv/installed-dev: .venv/installed
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Their own: half a gigabyte that most have no use for.
+.venv-trackers/installed: pyproject.toml constraints.txt
+	$(environment)
+	@$(PIP) --editable '.[dev,wandb,mlflow]'
 	@touch $@
 
 # One of its own: what is compared with is nothing that Vitrail needs.

@@ -81,14 +81,20 @@ class Browser:
         )  # fmt: skip
         os.close(commands)
         os.close(answers)
-        self.limit = threading.Timer(60, self.process.kill)  # then reading ends, and the test fails instead of hanging
-        self.limit.start()
+        self.limit = self.patience()
         self.received, self.number, self.events = b"", 0, list[dict[str, Any]]()
         self.session: dict[str, str] = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+
+    def patience(self) -> threading.Timer:
+        """In a minute the browser is ended: then reading ends, and the test fails instead of hanging."""
+        limit = threading.Timer(60, self.process.kill)
+        limit.daemon = True
+        limit.start()
+        return limit
 
     def call(self, method: str, **params: Any) -> Any:
         self.number += 1
@@ -107,15 +113,28 @@ class Browser:
         message, self.received = self.received.split(b"\0", 1)
         return dict(json.loads(message))
 
-    def open(self, path: Path, width: int, scheme: str = "light") -> None:
+    def open(self, page: Path | str, width: int, scheme: str = "light") -> None:
+        """A page at that width, loaded."""
+        self.limit.cancel()
+        self.limit = self.patience()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self.read())
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Errors, and whatever else was written to the console, since the page was opened."""
+        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event["method"] in kinds]
+
+    def asked(self) -> set[str]:
+        """The addresses that were asked for since the page was opened."""
+        sent = (event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent")
+        return {params["request"]["url"] for params in sent if not params["request"]["url"].startswith("data:")}
 
     def run(self, script: str) -> Any:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import CHROMIUM, Browser, Page, assert_self_contained
+from pages import Page, assert_self_contained
 
 from vitrail import compare, runs
 from vitrail.checkpoint import Run
@@ -312,38 +311,3 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert main(["compare", named[0], "--output", place]) == 2
         assert says in capsys.readouterr().err
     assert (tmp_path / "notes.md").read_text("utf-8") == "mine"
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-def test_in_a_browser(tmp_path: Path, browser: Browser) -> None:
-    path = tmp_path / "page.html"
-    page_of(path, *SEEDS, variant(tmp_path / "better", top1=0.99), VIT_12, LOG)
-    for width, scheme in ((1280, "light"), (360, "dark")):
-        browser.open(path, width, scheme)
-        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-        names = "[...document.querySelectorAll('#figures table')[0].tBodies[0].rows].map(row => row.cells[0].innerText)"
-        browser.run("document.querySelectorAll('#figures th button')[1].click()")
-        assert [name.split()[1] for name in browser.run(names)] == [
-            "better", "digits", "original-vit-12", "vit-12-3-epochs"
-        ]  # fmt: skip
-        dashes = "getComputedStyle(document.querySelector('.line.dashed')).strokeDasharray"
-        assert browser.run(dashes) == "5px, 5px"
-        browser.run("""(() => {
-            const area = document.querySelector('.area'), box = area.getBoundingClientRect()
-            area.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right, clientY: box.top}))
-        })()""")
-        assert browser.run("document.querySelector('.tip').innerText").startswith("epoch 150\nA digits –\n")
-        complaints = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        assert [event for event in browser.events if event["method"] in complaints] == []
-        asked = {
-            event["params"]["request"]["url"] for event in browser.events
-            if event["method"] == "Network.requestWillBeSent"
-        }  # fmt: skip
-        assert {url for url in asked if not url.startswith("data:")} == {path.as_uri()}

@@ -264,7 +264,7 @@ def test_tiny_imagenet_is_downloaded_to_the_cache(
         archive.writestr("tiny-imagenet-200/words.txt", "n01\tant\nn02\tbee\n")
     server.content = file.getvalue()
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(images, "TINY_IMAGENET", server.remote)
+    monkeypatch.setitem(images.REMOTES, "tiny-imagenet", server.remote)
     for _ in range(2):
         source = read_source("tiny-imagenet", *locate("tiny-imagenet"))
         assert (source.name, source.classes) == ("tiny-imagenet", ("ant", "bee"))

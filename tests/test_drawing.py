@@ -1,5 +1,8 @@
-"""The drawing of a model has the model's own numbers, and what cannot be drawn is said."""
+"""Drawings have the model's own numbers, those in docs/images are of today, and what cannot be drawn is said."""
 
+import base64
+import io
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +17,9 @@ from vitrail.cli import main
 from vitrail.config import ViTConfig
 from vitrail.drawing import draw, shown_patches, window
 from vitrail.model import VisionTransformer
+from vitrail.variants import sizes
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def text_of(svg: str) -> str:
@@ -79,3 +85,56 @@ def test_patches_and_window() -> None:
     pixels = window(64)
     assert pixels.shape == (64, 64, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_variants_are_drawn_to_scale(tmp_path: Path) -> None:
+    output = tmp_path / "variants.svg"
+    words = ["variants", "--image-size", "384", "--output", str(output)]
+    assert main(words) == 0
+    assert main(words) == 0  # its own file gives way
+    svg = output.read_text("utf-8")
+    text, found = text_of(svg), sizes(384)
+    assert "384 × 384 pixels" in text
+    assert "ViT-H/14" not in text  # whose patches such images do not divide into
+    for size in found:
+        assert f"{size.name} " in text
+        assert f" {size.parameters / 1e6:,.1f} M" in text
+        assert f" {size.flops / 1e9:,.1f}" in text
+    # A block is as high as it is wide, and there are as many as the model has; a bar is as long as its share.
+    assert svg.count('fill="#c3e6c5"') == sum(size.num_layers for size in found)
+    bars = [float(width) for width in re.findall(r'width="([\d.e-]+)" height="20" fill="#f7c8d4"', svg)]
+    by_kind = sorted(found, key=lambda size: ("gap" in size.name) + 2 * size.name.startswith("R"))
+    largest = max(size.parameters for size in found)
+    assert bars == pytest.approx([130 * size.parameters / largest for size in by_kind], rel=1e-4)
+
+
+def test_what_the_variants_are_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.svg").write_text("<svg/>")
+    for words, says in (
+        (["--output", "variants.png"], "call it variants.svg"),
+        (["--output", "variants.svg", "--json"], "leave one of them out"),
+        (["--output", str(tmp_path / "mine.svg")], "was not written by this command"),
+    ):
+        assert main(["variants", *words]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("vit-b-16.svg", ["draw", "ViT-B/16"]), ("variants.svg", ["variants"])],
+    ids=lambda value: value[0],
+)
+def test_pictures_of_the_docs_are_those_of_today(name: str, words: list[str], tmp_path: Path) -> None:
+    assert main([*words, "--output", str(tmp_path / name)]) == 0
+    kept, drawn = ((folder / name).read_text("utf-8") for folder in (IMAGES, tmp_path))
+    embedded = r"data:image/png;base64,([^\"]*)"
+    assert re.sub(embedded, "", kept) == re.sub(embedded, "", drawn), (
+        f"vitrail {' '.join(words)} --output {IMAGES / name}"
+    )
+    # Pixels, not bytes of the file: these are the compressor's, and another processor may round a colour otherwise.
+    images = [
+        [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), np.float64) for data in re.findall(embedded, svg)]
+        for svg in (kept, drawn)
+    ]
+    for before, now in zip(*images, strict=True):
+        np.testing.assert_allclose(before, now, atol=8)

@@ -194,7 +194,10 @@ def test_the_recipe_needs_weights_and_weights_that_are_there(
     for words, says in (
         (["train", FINE_TUNE], "goes on from weights; say which with --from WEIGHTS"),
         (["train", "--from", str(tmp_path / "gone"), "--data", "digits"], "gone"),
-        (["train", "--from", str(tmp_path / "gone")], "fine-tuning is on images of your own; say which with --data D"),
+        (
+            ["train", "--from", str(tmp_path / "gone")],
+            "fine-tune is for images of your own; say which with --data D",
+        ),
         (["train", "resnet-18", "--from", str(tmp_path / "gone")], "a resnet-18 begins with random weights here"),
         (["train", "--from", str(tmp_path / "gone"), "--epochs", "0"], "epochs is 0"),
     ):

@@ -1,121 +1,36 @@
-"""The report: its figures against independent ones, its page in a parser and, where there is one, in a browser."""
+"""The report: its figures against independent ones, its page in a parser, and the picture of it."""
 
 import base64
 import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pages import CHROMIUM, Browser, Page, assert_self_contained
-from PIL import Image
+from pages import Page, assert_self_contained
+from PIL import Image, ImageColor, ImageFont
+from run_folders import EPOCHS, add_weights, answer, begin, digits, finish, noise
 from safetensors.numpy import save_file
-from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from vitrail import __version__, pictures, report, scores
-from vitrail.cache import Dataset, Images
-from vitrail.checkpoint import write_tensors
+from vitrail import __version__, curves, gallery, pictures, report, scores, snapshot
+from vitrail.cache import Dataset
+from vitrail.checkpoint import Run, write_tensors
+from vitrail.config import HALF
 from vitrail.errors import BadInput
-from vitrail.evaluate import Predictions, figures
-from vitrail.recipes import RECIPES, resolve
+from vitrail.explain import attended
+from vitrail.panes import enlarge, shine
+from vitrail.recipes import resolve
+from vitrail.record import read
+from vitrail.resnet import ResNetClassifier, ResNetConfig
 from vitrail.views import samples
 
-EPOCHS = RECIPES["digits"].epochs
-
-# Run folders as training writes them, of real digits or of noise, the predictions made by the nearest class mean.
-
-
-def images(pixels: Any, labels: Any, prefix: str = "image") -> Images:
-    """One split out of an array of uint8 (N, h, w, 3)."""
-    count, height, width, _ = pixels.shape
-    sizes = np.tile(np.array([height, width], np.int32), (count, 1))
-    return Images(
-        pixels.reshape(-1), np.arange(count) * height * width * 3, sizes,
-        labels.astype(np.int64), tuple(f"{prefix}-{i}.png" for i in range(count)),
-    )  # fmt: skip
-
-
-def digits(classes: int = 10) -> Dataset:
-    """The scans of the first few digits; every fifth one is for testing."""
-    scans, labels = load_digits(return_X_y=True)
-    scans, labels = scans[labels < classes], labels[labels < classes]
-    pixels = (scans.reshape(-1, 8, 8, 1) * 15.9).astype(np.uint8).repeat(3, axis=3)
-    test = np.arange(len(labels)) % 5 == 0
-    return Dataset(
-        "digits", tuple(f"digit {k}" for k in range(classes)),
-        {"train": images(pixels[~test], labels[~test]), "test": images(pixels[test], labels[test])},
-    )  # fmt: skip
-
-
-def noise(count: int, classes: int, side: int) -> Dataset:
-    """What compresses worst. The many images share a few hundred images' pixels."""
-    generator = np.random.default_rng(0)
-    few = images(generator.integers(0, 256, (300, side, side, 3), dtype=np.uint8), np.zeros(300))
-    split = replace(few.take(np.arange(count) % 300), labels=np.arange(count) % classes)
-    return Dataset("noise", tuple(f"class {k}" for k in range(classes)), {"train": split, "val": split})
-
-
-def answer(dataset: Dataset) -> Predictions:
-    """What the nearest mean of a class's training images says of the evaluated split."""
-
-    def flat(split: Images) -> Any:
-        step = split.sizes[0, 0] // 8
-        return np.stack([split.image(i)[::step, ::step, 0].ravel() for i in range(len(split))]) / 255
-
-    train, held = dataset.splits["train"], dataset.splits[dataset.evaluation]
-    features = flat(train)
-    means = np.stack([features[train.labels == k].mean(axis=0) for k in range(len(dataset.classes))])
-    scores = 2 * flat(held) @ means.T - (means**2).sum(axis=1)  # minus the squared distance, but for a constant
-    probability = np.exp(scores - scores.max(axis=1, keepdims=True))
-    probability /= probability.sum(axis=1, keepdims=True)
-    ranked = np.ascontiguousarray(np.argsort(-probability, axis=1, kind="stable")[:, :5])  # else saved wrongly
-    best = np.take_along_axis(probability, ranked, axis=1).astype(np.float32)
-    loss = -np.log(probability[np.arange(len(held)), held.labels])
-    return Predictions(held.labels, ranked, best, loss.astype(np.float32))
-
-
-def begin(run: Path, epochs: int = 3, **overrides: Any) -> Path:
-    """A run that goes on: no results yet."""
-    resolved = resolve("digits", **{"image_size": 8, **overrides})
-    run.mkdir()
-    settings = {k: {"value": v, "set_by": resolved.set_by[k]} for k, v in asdict(resolved.recipe).items()}
-    (run / "recipe.yaml").write_text(json.dumps({"recipe": "digits", "settings": settings}))
-    launch = {"started": "2026-01-02T03:04:05+00:00", "command": "vitrail train 'a & b'", "step": 0, "cpu": "8086",
-              "cores": 2, "threads": 2, "gpu": None, "vitrail": "0.1.0",
-              "commit": f"{'0123456789' * 4}+changes"}  # fmt: skip
-    (run / "environment.json").write_text(json.dumps({"launches": [launch]}))
-    rows = [
-        {"epoch": e, "step": 10 * e, "samples_seen": 640 * e, "lr": 0.002 / e, "train_loss": 2 / e,
-         "train_accuracy": 1 - 0.9 / e, "val_loss": 2.2 / e, "val_top1": 1 - 0.8 / e, "val_top5": 1.0,
-         "train_seconds": 1.5 * e, "images_per_second": 426.7}
-        for e in range(1, epochs + 1)
-    ]  # fmt: skip
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run
-
-
-def finish(run: Path, dataset: Dataset, epochs: int = 3) -> Path:
-    """A run that is done."""
-    begin(run, epochs)
-    predictions = answer(dataset)
-    found = asdict(figures(predictions, dataset.classes))
-    results = {
-        "recipe": "digits", "dataset": dataset.name, "split": dataset.evaluation, **found, "parameters": 650,
-        "epochs": epochs, "samples_seen": 640 * epochs, "train_seconds": 1.5 * epochs, "wall_seconds": 95.0,
-        "images_per_second": 426.7, "input_share": 0.004, "peak_memory": 1_234_000_000, "device": "cpu",
-        "precision": "fp32", "seed": 0,
-    }  # fmt: skip
-    (run / "results.json").write_text(json.dumps(results))
-    (run / "model").mkdir()
-    (run / "model" / "config.json").write_text(json.dumps({"classes": dataset.classes}))
-    save_file(predictions.arrays(), run / "predictions.safetensors")
-    return run
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def pictured(page: Page, section: str) -> list[Any]:
@@ -196,7 +111,7 @@ def test_finished_run(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.reshape(matrix, (10, 10)), scores.confusion(
         predictions.label, predictions.predicted[:, 0], 10
     ))  # fmt: skip
-    assert len(page.values("img", "alt")) == len(page.values("img", "src")) >= 8 + min(24, count - right)
+    assert len(page.values("img", "alt")) == len(page.values("img", "src")) >= 8 + min(16, count - right)
     assert all(page.values("img", "alt"))
     assert page.values("table", "data-sortable") == [""]
     assert len(page.values("th", "scope")) == sum(page.html.count(f"<th{end}") for end in (" ", ">"))
@@ -217,6 +132,30 @@ def test_the_wrong_picture_is_not_shown(tmp_path: Path) -> None:
     page = Page(report.write_report(run, shuffled))
     assert page.values("img", "src") == []
     assert "the data set is no longer the one that was scored" in page.text
+
+
+def test_where_the_model_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, split = digits(), digits().splits["test"]
+    run = finish(tmp_path / "run", dataset)
+    model = add_weights(run, dataset)
+    page = Page(report.write_report(run, dataset))
+    assert_self_contained(page)
+    assert page.text.count("lit where the model looked") == 1
+    pairs = re.findall(r'<div class="pair">\s*<img src="([^"]+)"[^>]*>\s*<img src="([^"]+)"', page.html)
+    told = gallery.scored(read(run), dataset, "test")
+    assert told is not None
+    shown = [*told["mistakes"], *told["rightest"]]
+    assert len(pairs) == len(shown) == 24
+    for (plain, lit), image in zip(pairs, shown, strict=True):
+        pixels = split.image(split.names.index(image["name"]))
+        (looked,) = attended(model, [pixels], HALF, HALF)
+        assert plain == pictures.thumbnail(pixels).uri
+        assert lit == pictures.thumbnail(shine(enlarge(pixels, gallery.LIT), looked)).uri
+    monkeypatch.setattr(gallery, "LOOKING", 2 * 3 * sum(w.numel() for w in model.parameters()) * 17)
+    few = Page(report.write_report(run, dataset))  # what takes longer than that is not looked at
+    assert few.html.count('<div class="pair">') == 3
+    Run(run).save_model(ResNetClassifier(ResNetConfig(8, 10)), dataset.classes)
+    assert '<div class="pair">' not in Page(report.write_report(run, dataset)).html  # which has no attention
 
 
 def test_what_the_model_saw(tmp_path: Path) -> None:
@@ -295,7 +234,7 @@ def test_line_still_being_written(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", epochs=2)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "step"')
-    assert [row["epoch"] for row in report.read(run).epochs] == [1, 2]
+    assert [row["epoch"] for row in read(run).epochs] == [1, 2]
 
 
 def test_without_data_set(tmp_path: Path) -> None:
@@ -377,41 +316,98 @@ def test_damaged_file_leaves_the_old_page(tmp_path: Path) -> None:
     assert (run / "report.html").read_bytes() == before
 
 
-# In a browser
+# The original's curves, and the gap
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
+def test_the_original_is_behind_what_can_be_compared_with_it(tmp_path: Path) -> None:
+    assert curves.ORIGINAL.read_bytes() == (RESULTS / "original-vit-12.json").read_bytes()
+    run = tmp_path / "run"
+    shutil.copytree(RESULTS / "vit-12-3-epochs", run)
+    page = Page(report.write_report(run, None))
+    assert "38.3% after its 150 epochs" in page.text
+    accuracy, loss = (json.loads(hover)["curves"][0] for hover in page.values("div", "data-hover")[:2])
+    assert accuracy["text"] == ["7.3%", "13.9%", "17.7%"]  # as far as ours has come
+    assert (accuracy["name"], loss["name"]) == ("original, val", "original, val")
+    record = read(run)
+    assert len(curves.compared(record, "val")) == 3
+    for other in (
+        replace(record, name="vit-10"),
+        replace(record, results=None, settings={}),
+        replace(record, epochs=[]),
+    ):
+        assert curves.compared(other, "val") == ()
+    assert curves.compared(record, "holdout") == ()
+    assert "The dashed curve" not in Page(report.write_report(begin(tmp_path / "digits"), None)).text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-def test_in_a_browser(tmp_path: Path, browser: Browser) -> None:
+def test_the_gap(tmp_path: Path) -> None:
+    record = read(begin(tmp_path / "run"))
+    accuracy, loss, *_ = curves.charts(record, "test")
+    assert accuracy.unit == "train and test end 3.3 points apart"
+    assert loss.unit == "cross-entropy, nats, train and test end 0.06667 apart"
+    train, held = accuracy.curves
+    assert train.area == ""
+    there, back = (
+        held.area.removeprefix("M").removesuffix("Z").split("L")[:3],
+        held.area.removesuffix("Z").split("L")[3:],
+    )
+    assert ["M" + "L".join(there), "M" + "L".join(reversed(back))] == [train.path, held.path]
+    partly = replace(record, epochs=[{k: v for k, v in row.items() if k != "train_accuracy"} for row in record.epochs])
+    assert [curve.area for curve in curves.charts(partly, "test")[0].curves] == [""]
+
+
+# The picture
+
+
+def test_a_run_in_one_picture(tmp_path: Path) -> None:
     dataset = digits()
-    path = report.write_report(finish(tmp_path / "run", dataset), dataset)
-    for width, scheme in ((1280, "light"), (360, "dark")):
-        browser.open(path, width, scheme)
-        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-        assert browser.run("getComputedStyle(document.body).backgroundColor") == (
-            "rgb(250, 249, 246)" if scheme == "light" else "rgb(19, 21, 26)"
-        )
-        assert browser.run("""(async () => {
-            for (const image of document.images) { image.loading = 'eager'; await image.decode() }
-            return [...document.images].every(image => image.naturalWidth === 8)
-        })()""")
-        order = "[...document.querySelectorAll('#classes tbody tr')].map(row => Number(row.cells[2].dataset.value))"
-        for down in (True, False):
-            browser.run("document.querySelectorAll('#classes th button')[2].click()")
-            assert browser.run(order) == sorted(browser.run(order), reverse=down)
-        browser.run("""(() => {
-            const area = document.querySelector('.area'), box = area.getBoundingClientRect()
-            area.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 1, clientY: box.top}))
-        })()""")
-        assert browser.run("document.querySelector('.tip').innerText") == "epoch 3\ntrain 70.0%\ntest 73.3%"
-        events = [(event["method"], event["params"]) for event in browser.events]
-        complaints = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        assert [event for event in events if event[0] in complaints] == []
-        asked = {params["request"]["url"] for method, params in events if method == "Network.requestWillBeSent"}
-        assert {url for url in asked if not url.startswith("data:")} == {path.as_uri()}
+    run = finish(tmp_path / "run", dataset)
+    add_weights(run, dataset)
+    report.write_report(run, dataset)
+    with Image.open(run / "results.png") as file:
+        picture = np.asarray(file.convert("RGB")).astype(int)
+    assert picture.shape == (900, 1600, 3)
+    told = gallery.scored(read(run), dataset, "test")
+    assert told is not None
+    side = snapshot.SIDE
+    for place, image in enumerate((told["rightest"][0], told["mistakes"][0])):
+        left = snapshot.MARGIN + place * (2 * side + snapshot.SEAM + snapshot.BETWEEN)
+        for pixels, at in ((image["pixels"], left), (image["light"], left + side + snapshot.SEAM)):
+            drawn, meant = picture[674 : 674 + side, at : at + side], Image.fromarray(pixels).resize((side, side))
+            assert np.corrcoef(drawn.ravel(), np.asarray(meant).ravel())[0, 1] > 0.9
+    for colour in ("#2348b0", "#a4570a"):  # both curves, in both plots
+        is_it = (picture == ImageColor.getrgb(colour)).all(2)
+        assert is_it[180:560, 700:1000].any()
+        assert is_it[180:560, 1140:1400].any()
+    assert (run / "results.png").stat().st_size < 500_000
+
+
+def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
+    dataset = digits(2)
+    assert not (report.write_report(begin(tmp_path / "running"), dataset).parent / "results.png").exists()
+    for path, data in ((finish(tmp_path / "plain", dataset), dataset), (finish(tmp_path / "nothing", dataset), None)):
+        report.write_report(path, data)
+        assert (path / "results.png").is_file()  # without weights, and without images
+    record = replace(read(tmp_path / "plain"), settings={
+        "data": {"value": "/home/me/photos.zip", "set_by": "command line"},
+        "batch_size": {"value": 50, "set_by": "command line"}, "flip": {"value": False, "set_by": "command line"},
+        "lr": {"value": 0.1, "set_by": "recipe"}, "device": {"value": "cpu", "set_by": "command line"},
+    })  # fmt: skip
+    assert snapshot.asked_for(record) == "vitrail train digits --data digits --batch-size 50 --no-flip"
+
+
+@pytest.mark.parametrize(("words", "font"), [("9 · 50% ± 1…", "Aileron"), ("名前 žlutý", "DejaVu Sans")])
+def test_fonts(words: str, font: str) -> None:
+    if not snapshot.EMBEDDED.fullmatch(words) and not any(map(has_font, snapshot.FONTS)):
+        pytest.skip("there is no font here but Pillow's own")
+    found = snapshot.font_for(words, 20)
+    assert isinstance(found, ImageFont.FreeTypeFont)
+    assert (found.getname()[0] == "Aileron") == (font == "Aileron")
+
+
+def has_font(name: str) -> bool:
+    try:
+        ImageFont.truetype(name, 10)
+    except OSError:
+        return False
+    return True

@@ -14,16 +14,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitrail.explain import attention
     from vitrail.model import VisionTransformer
     from vitrail.training import pretrain, train
     from vitrail.variants import create
     from vitrail.weights import load
 
-__all__ = ["VisionTransformer", "__version__", "create", "load", "pretrain", "train"]
+__all__ = ["VisionTransformer", "__version__", "attention", "create", "load", "pretrain", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "VisionTransformer": "vitrail.model",
+    "attention": "vitrail.explain",
     "create": "vitrail.variants",
     "load": "vitrail.weights",
     "pretrain": "vitrail.training",

@@ -121,6 +121,8 @@ def shown(value: Any) -> str:
     """A setting's value, as one would say it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value == "":
+        return "to be named"
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 

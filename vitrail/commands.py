@@ -13,29 +13,40 @@ from vitrail.arguments import Parser, add_json, at_least_one, one_of, real, show
 from vitrail.errors import BadInput
 from vitrail.recipes import FINE_TUNE, RECIPES
 from vitrail.settings import Recipe
-from vitrail.show_commands import do_compare, do_data, do_draw, take_compare, take_data, take_draw
+from vitrail.show_commands import (
+    do_compare,
+    do_data,
+    do_draw,
+    do_variants,
+    take_compare,
+    take_data,
+    take_draw,
+    take_variants,
+)
 from vitrail.tables import as_json, table
 from vitrail.training_commands import (
     do_evaluate,
+    do_explain,
     do_predict,
     do_pretrain,
     do_report,
     do_train,
+    do_watch,
     take_evaluate,
+    take_explain,
     take_predict,
     take_pretrain,
     take_report,
     take_train,
+    take_watch,
 )
 from vitrail.weight_commands import (
     do_export,
     do_import,
     do_probe,
-    do_variants,
     take_export,
     take_import,
     take_probe,
-    take_variants,
 )
 
 BENCH_TASKS = ("training", "profile", "inference", "input", "memory", "start")
@@ -67,7 +78,7 @@ def do_recipes(args: argparse.Namespace) -> str:
         if recipe.architecture != "vit" or name == FINE_TUNE:
             shape = "as the weights have it" if name == FINE_TUNE else recipe.architecture
             pixels = f"{recipe.image_size}"
-        rows.append((name, recipe.data, pixels, shape, f"{recipe.epochs}", ", ".join(departures(recipe))))
+        rows.append((name, recipe.data or "(yours)", pixels, shape, f"{recipe.epochs}", ", ".join(departures(recipe))))
     columns = ("recipe", "data", ">image / patch", "layers × width", ">epochs", "other than the defaults")
     return f"{table(columns, rows)}\n\n`vitrail train RECIPE -h` shows every value."
 
@@ -157,7 +168,18 @@ COMMANDS = {
         ("vitrail predict runs/photos cat.jpg dog.jpg --top 3",),
         take_predict, do_predict,
     ),
+    "explain": Command(
+        "what a model looks at: attention over images, by layer and head, and the paper's figure 7",
+        ("vitrail explain runs/digits", "vitrail explain runs/photos cat.jpg --class dog --output cat",
+         "vitrail explain ViT-B_16.npz cat.jpg"),
+        take_explain, do_explain,
+    ),
     "report": Command("write the page of a run anew", ("vitrail report runs/digits",), take_report, do_report),
+    "watch": Command(
+        "serve the page of a run; its curves move while the run goes on",
+        ("vitrail watch runs/digits", "vitrail watch runs/photos --host 0.0.0.0 --port 8600"),
+        take_watch, do_watch,
+    ),
     "data": Command(
         "what is in a data set, and what is wrong with it",
         ("vitrail data digits", "vitrail data photos.zip",
@@ -172,7 +194,7 @@ COMMANDS = {
     "recipes": Command("what there is to train", ("vitrail recipes",), take_recipes, do_recipes),
     "variants": Command(
         "the models that have names: their shapes, parameters, FLOPs and memory",
-        ("vitrail variants", "vitrail variants --image-size 384"),
+        ("vitrail variants", "vitrail variants --image-size 384 --output variants.svg"),
         take_variants, do_variants,
     ),
     "draw": Command(

@@ -220,6 +220,24 @@ def own_images(run: Run) -> str:
     raise BadInput(f"{run.path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
+def judged_images(run: Run, data: str | None, image_size: int, classes: tuple[str, ...]) -> tuple[str, str, Images]:
+    """The split that a run was judged by, or that it is to be judged by now, of `data`: the name of the data set and of
+    the split, and the images, as `evaluate_run` takes them.
+
+    Raises:
+        BadInput: the data cannot be used, or has classes that the run does not know.
+    """
+    holdout = run.recipe().recipe.holdout if run.trained else 0.0
+    if data is not None:
+        state = run.path / "last" / "state.safetensors"
+        own = read_about(state)["images"] if state.is_file() else ""
+        return cache.load_for_evaluation(data, image_size, classes, own=own, holdout=holdout)
+    dataset = cache.load(own_images(run), image_size, holdout=holdout)
+    if dataset.classes != classes:
+        raise BadInput(f"{dataset.name} no longer has the {len(classes)} classes that {run.path} was trained on.")
+    return dataset.name, dataset.evaluation, dataset.splits[dataset.evaluation]
+
+
 def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -> dict[str, Any]:
     """Figures of a run's weights, as in `results.json`: on the split that the run was judged by, or on `data`. With
     `mirror`, they are followed by `mirrored`, those of test-time augmentation: the mean of the logits of each image and
@@ -238,15 +256,7 @@ def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -
     model, classes = run.load_model()
     mean, std = run.preprocessing()
     size = model.config.image_size
-    if data is None:
-        dataset = cache.load(own_images(run), size, holdout=recipe.holdout)
-        if dataset.classes != classes:
-            raise BadInput(f"{dataset.name} no longer has the {len(classes)} classes that {path} was trained on.")
-        name, split, images = dataset.name, dataset.evaluation, dataset.splits[dataset.evaluation]
-    else:
-        state = path / "last" / "state.safetensors"
-        own = read_about(state)["images"] if state.is_file() else ""
-        name, split, images = cache.load_for_evaluation(data, size, classes, own=own, holdout=recipe.holdout)
+    name, split, images = judged_images(run, data, size, classes)
     pixels = Pixels(images, size, pick_device("auto"))
     predict = partial(predict_split, model.to(pixels.device), pixels, precision=recipe.precision, mean=mean, std=std)
     found = figures(predict(), classes).as_dict()

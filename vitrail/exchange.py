@@ -28,7 +28,12 @@ WRITE = {"transformers": write_transformers, "timm": write_timm}
 COMPARED = 2  # random images
 TOLERANCE = 1e-4  # between outputs of the run and of what was written
 NOT_TOLD = ("data", "device", "seed")  # settings that the card has no room for, or elsewhere
-SIDES = {"digits": 8, "tiny-imagenet": 64}  # pixels, of the images of the built-in data sets
+SIDES = {
+    "digits": 8,
+    "tiny-imagenet": 64,
+    "cifar-10": 32,
+    "cifar-100": 32,
+}  # pixels, of built-in images
 
 
 @dataclass(frozen=True)

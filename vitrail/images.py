@@ -1,4 +1,4 @@
-"""Where images come from: a folder, an archive, Tiny ImageNet, digits; and how each becomes pixels."""
+"""Where images come from: a folder, an archive, Tiny ImageNet, CIFAR, digits; and how each becomes pixels."""
 
 import io
 import warnings
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vitrail.archives import SUFFIXES, Storage, cache_root, open_storage
-from vitrail.download import TINY_IMAGENET, fetch
+from vitrail.cifar import unpacked
+from vitrail.download import CIFAR_10, CIFAR_100, TINY_IMAGENET, fetch
 from vitrail.errors import BadInput, nearest
 from vitrail.layouts import Layout, read_layout, readable_names
 
-BUILT_IN = ("digits", "tiny-imagenet")
+REMOTES = {"tiny-imagenet": TINY_IMAGENET, "cifar-10": CIFAR_10, "cifar-100": CIFAR_100}
+BUILT_IN = ("digits", *REMOTES)
 
 # Stored images keep a margin around the square that the model sees, for random crops: 8/7, which is 256 for 224.
 MARGIN = 8 / 7
@@ -67,15 +69,16 @@ class Source:
 
 
 def locate(data: str) -> tuple[str, Storage]:
-    """The name of a data set, and where its bytes are, which `tiny-imagenet` downloads first. It lists nothing yet.
+    """The name of a data set, and where its bytes are, which those of `REMOTES` download first. It lists nothing
+    yet.
 
     Raises:
         BadInput: there is no such data set, or it cannot be had.
     """
     if data == "digits":
         return data, Digits()
-    if data == "tiny-imagenet":
-        return data, open_storage(fetch(TINY_IMAGENET, cache_root()))
+    if data in REMOTES:
+        return data, open_storage(fetch(REMOTES[data], cache_root()))
     path = Path(data).expanduser()
     if not data or not path.exists():
         raise BadInput(
@@ -93,6 +96,7 @@ def read_source(data: str, name: str, storage: Storage) -> Source:
     Raises:
         BadInput: it has no images, or they lie as those of no data set do.
     """
+    storage = unpacked(storage)
     layout = read_layout(storage, data)
     folders = sorted({folder for tree in layout.splits.values() for folder, images in tree.items() if images})
     splits = {}

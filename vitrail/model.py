@@ -13,7 +13,7 @@ asks for it.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -283,18 +283,22 @@ class VisionTransformer(nn.Module):
         Raises:
             BadInput: there is no such layer, or the images are of another shape than the model's.
         """
+        return dict(self.each_attention(images, layers))
+
+    def each_attention(
+        self, images: Float[Tensor, "B channels height width"], layers: Collection[int] | None = None
+    ) -> Iterator[tuple[int, Float[Tensor, "B H T T"]]]:
+        """The same, layer after layer: whoever keeps none has those of one layer in memory."""
         wanted = set(range(len(self.blocks)) if layers is None else layers)
         if missing := wanted - set(range(len(self.blocks))):
             raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")
-        found = {}
         tokens = self.embed(images)
         rotation = rotary_positions(self.config, tokens)
         for layer, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             if layer in wanted:
                 assert isinstance(block, TransformerEncoderBlock)  # for the type checker: a ModuleList forgets
-                found[layer] = block.attention.weights(block.attention_norm(tokens), rotation)
+                yield layer, block.attention.weights(block.attention_norm(tokens), rotation)
             tokens = block(tokens, rotation=rotation)
-        return found
 
     @torch.no_grad()
     def resize(self, image_size: int) -> None:

@@ -4,11 +4,13 @@ No thread draws: each call of `advance` or `update` redraws when the last redraw
 still means work that stands still.
 """
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -22,6 +24,7 @@ from rich.text import Text
 REDRAW = 0.1  # seconds between two redraws on a terminal
 REPORT = 10.0  # seconds between two lines elsewhere, of work that is counted
 TRAINING_REPORT = 60.0  # and of training, which leaves a line an epoch anyway
+NOTE = 1.0  # and between two notes in a file, for who watches from elsewhere
 
 
 class Advance(Protocol):
@@ -151,9 +154,11 @@ class _Count:
 
 
 class TrainingDisplay:
-    """The state of a training run, live: where it is, how well it does, how fast, and when it will be done."""
+    """The state of a training run, live: where it is, how well it does, how fast, and when it will be done. A file
+    `noted` has the same words while the run goes on, and the share of it that is done, as JSON."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Path | None = None) -> None:
+        self.noted, self.noted_at = noted, -NOTE
         self.live = on_terminal()
         self.text = "starting"
         self.step, self.steps = 0, 1
@@ -170,6 +175,9 @@ class TrainingDisplay:
     ) -> None:
         if self.live:
             _screen.remove(self.row)
+        if self.noted is not None:
+            with suppress(OSError):
+                self.noted.unlink(missing_ok=True)
 
     def update(
         self, step: int, steps: int, epoch: float, epochs: int, learnt: str, images_per_second: float, left: float
@@ -178,17 +186,32 @@ class TrainingDisplay:
         they were, and how many seconds are `left` at that rate."""
         now = time.monotonic()
         self.step, self.steps = step, steps
-        if now - self.reported < (REDRAW if self.live else TRAINING_REPORT):
+        to_note = self.noted is not None and now - self.noted_at >= NOTE
+        to_show = now - self.reported >= (REDRAW if self.live else TRAINING_REPORT)
+        if not to_note and not to_show:
             return
-        self.reported = now
         self.text = (
             f"step {step:,}/{steps:,} · epoch {epoch:.1f}/{epochs} · {learnt}"
             f" · {images_per_second:,.0f} images/s · {duration(left)} left"
         )
+        if to_note:
+            self.note(now)
+        if not to_show:
+            return
+        self.reported = now
         if self.live:
             _screen.redraw()
         else:
             say(self.text)
+
+    def note(self, now: float) -> None:
+        """Write the state into the file, in one step. It is there to be looked at: where there is no space left, that
+        is said when something has to be saved."""
+        assert self.noted is not None
+        self.noted_at, partial = now, self.noted.with_name(f".{self.noted.name}")
+        with suppress(OSError):
+            partial.write_text(json.dumps({"words": self.text, "share": self.step / self.steps}), encoding="utf-8")
+            partial.replace(self.noted)
 
     def line(self, text: str) -> None:
         """Leaves a line behind, above the live part."""

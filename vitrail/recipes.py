@@ -20,15 +20,19 @@ _BASE_8: dict[str, Any] = {
     "patch_size": 16, "hidden_size": 512, "mlp_dim": 2048, "num_heads": 8, "num_layers": 8, "dropout": 0.1,
 }  # fmt: skip
 
+YOURS = ""  # data that has to be named
+
 # A plain ViT for small images and few epochs.
 _SMALL: dict[str, Any] = {
-    "data": "tiny-imagenet", "image_size": 64, "flip": "random", "crop": 6,
+    "data": YOURS, "image_size": 64, "flip": "random", "crop": 6,
     "patch_size": 8, "hidden_size": 256, "mlp_dim": 1024, "num_heads": 4, "num_layers": 6, "classifier": "gap",
     "zero_residual": True, "batch_size": 250, "optimizer": "muon", "lr": 2e-3, "weight_decay": 0.05,
     "label_smoothing": 0.1, "schedule": "linear", "cooldown": 0.7, "warmup": 0.05, "precision": "auto",
 }  # fmt: skip
 
 DEFAULT = "digits"
+_CIFAR: dict[str, Any] = {"image_size": 32, "patch_size": 4, "crop": 4, "epochs": 50}
+
 FINE_TUNE = "fine-tune"  # the recipe that goes on from weights
 PRETRAINING: dict[str, Any] = {"objective": "pixels"}  # what pre-training has where nothing else is said
 
@@ -50,7 +54,12 @@ RECIPES: dict[str, Recipe] = {
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
     # vitrail train laptop: for two cores of a laptop.
-    "laptop": Recipe(**_SMALL, first_size=48, epochs=10),
+    "laptop": Recipe(**_SMALL | {"data": "tiny-imagenet"}, first_size=48, epochs=10),
+    # vitrail train small --data D: for any folder of small images. Larger ones are shrunk to 64 pixels. Not measured.
+    "small": Recipe(**_SMALL, epochs=50),
+    # vitrail train cifar-10, cifar-100: the same model on as many patches. Not measured: no copy was at hand.
+    "cifar-10": Recipe(**_SMALL | _CIFAR | {"data": "cifar-10"}),
+    "cifar-100": Recipe(**_SMALL | _CIFAR | {"data": "cifar-100"}),
     # vitrail train resnet-18: the CNN to compare with. SGD, its rate for a batch of 256, decay and epochs are BiT's
     # (1912.11370, section 3.3), which steps its rate down where this falls along a cosine, and whose activations come
     # first, where these come last, like the hybrid's.
@@ -62,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
     # are these epochs. Rate, warm-up (500 of the steps) and augmentation: the official code's (configs/common.py,
     # input_pipeline.py).
     "fine-tune": Recipe(
-        data="tiny-imagenet", image_size=384, flip="random", resized_crop=0.05, patch_size=16,
+        data=YOURS, image_size=384, flip="random", resized_crop=0.05, patch_size=16,
         epochs=102, batch_size=512, optimizer="sgd", lr=0.03, warmup=0.05, clip=1.0,
     ),
 }  # fmt: skip

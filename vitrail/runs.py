@@ -1,7 +1,6 @@
 """Runs that are to be compared: read, and those that differ in nothing but the seed put together."""
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -14,7 +13,7 @@ from typing import Any
 
 from vitrail.archives import SUFFIXES
 from vitrail.errors import BadInput
-from vitrail.report import Record, read
+from vitrail.record import Record, read, read_log
 from vitrail.settings import SIZES
 
 # Settings that do not make a run another: which images and which machine it had, whatever they were called, is known.
@@ -178,7 +177,7 @@ def load(paths: Sequence[Path]) -> list[Row]:
     once: dict[Path, Path] = {}
     for path in paths:
         once.setdefault(path.resolve(), path)
-    entries = [read_log(path) if path.is_file() else read_run(path) for path in once.values()]
+    entries = [Entry(path, read_log(path)) if path.is_file() else read_run(path) for path in once.values()]
     groups: dict[str, list[Entry]] = {}
     seeds: list[tuple[str, int]] = []
     for entry in entries:
@@ -206,31 +205,6 @@ def read_run(path: Path) -> Entry:
     if missing := [name for name in wanted if name not in (record.results or {})]:
         raise BadInput(f"{path / 'results.json'} has no {', '.join(missing)}, without which nothing can be compared.")
     return Entry(path, record)
-
-
-def read_log(path: Path) -> Entry:
-    """A log such as `results/original-vit-12.json`: JSON whose lists `val_accuracy`, `train_loss` and `val_loss` have a
-    value for each epoch.
-
-    Raises:
-        BadInput: it is none.
-    """
-    try:
-        log = json.loads(path.read_text(encoding="utf-8"))
-        curves = {key: [float(value) for value in log[key]] for key in ("val_accuracy", "train_loss", "val_loss")}
-        epochs = [
-            {"epoch": place + 1, "val_top1": top1, "train_loss": train_loss, "val_loss": val_loss}
-            for place, (top1, train_loss, val_loss) in enumerate(zip(*curves.values(), strict=True))
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise BadInput(
-            f"{path} is neither a run folder nor a log like results/original-vit-12.json, "
-            f"with lists val_accuracy, train_loss and val_loss of the same length: {what}."
-        ) from None
-    if not epochs:
-        raise BadInput(f"{path} is a log of no epoch.")
-    return Entry(path, Record(str(log.get("experiment", path.stem)), {}, None, [], epochs, None, None, None))
 
 
 def _all_but_the_seed(entry: Entry) -> str:

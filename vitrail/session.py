@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Dataset
@@ -20,6 +19,7 @@ from vitrail.config import HALF, Colours
 from vitrail.environment import program
 from vitrail.errors import Diverged, Stopped
 from vitrail.evaluate import Judgement, judge_classes, predict_split
+from vitrail.model import VisionTransformer
 from vitrail.models import Model
 from vitrail.optimize import RunningAverage, learning_rate
 from vitrail.pretraining import Pretraining, Trainee, judge_reconstruction
@@ -29,8 +29,12 @@ from vitrail.recipes import Resolved
 from vitrail.report import write_report
 from vitrail.resume import Progress
 from vitrail.step import train_step
+from vitrail.track import Trackers, looked_at, training_images
+from vitrail.trackers import Tracker
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
+LOOKING = 0.01  # share of training's time that pictures of what the model looks at may take beside it,
+EARLY = 5.0  # and seconds of training before the first
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class Session:
     )
     mean: Colours = HALF  # what images are normalised by
     std: Colours = HALF
+    tracker: Tracker | None = None
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
     images_per_second: float = 0.0  # of the latest steps
     evaluation_seconds: float = 0.0  # that the last one took
+    look_at: float = 0.0  # seconds of training behind which there is the next picture of what the model looks at
 
     def __post_init__(self) -> None:
         self.recipe = self.resolved.recipe
@@ -121,13 +127,18 @@ class Session:
         self.run.go_back(at)
         if progress.step == 0:
             self.save()  # so that there is something to resume from, however early the end comes
-        with SummaryWriter(str(self.run.path), purge_step=at + 1) as events, TrainingDisplay() as display:
-            for epoch in range(epochs_done, last_epoch):
-                self.train_epoch(epoch, display, stopped)
-                if progress.counted:  # where a batch holds more images than there are, some epochs have no step
-                    judgement = self.end_epoch(epoch, display, events)
-        self.save(page=False)  # which is written with the figures
-        return self.finish(judgement if judgement is not None else self.evaluate())
+        with Trackers(self.run, self.resolved, at, self.tracker) as trackers:
+            if at == 0:
+                trackers.picture("training images", training_images(self.dataset, self.recipe), 0)
+            with TrainingDisplay(self.run.path / "progress.json") as display:
+                for epoch in range(epochs_done, last_epoch):
+                    self.train_epoch(epoch, display, stopped)
+                    if progress.counted:  # where a batch holds more images than there are, some epochs have no step
+                        judgement = self.end_epoch(epoch, display, trackers, last=epoch + 1 == last_epoch)
+            self.save(page=False)  # which is written with the figures
+            result = self.finish(judgement if judgement is not None else self.evaluate())
+            trackers.results(result.results, progress.step)
+            return result
 
     def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
         """The steps of an epoch (from 0) that are still to be done."""
@@ -182,7 +193,7 @@ class Session:
         self.progress.counted += len(outcomes)
         return losses / len(outcomes), correct / (len(outcomes) * self.recipe.batch_size)
 
-    def end_epoch(self, epoch: int, display: TrainingDisplay, events: SummaryWriter) -> Judgement:
+    def end_epoch(self, epoch: int, display: TrainingDisplay, trackers: Trackers, *, last: bool) -> Judgement:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
         progress, recipe = self.progress, self.recipe
         began = time.perf_counter()
@@ -205,9 +216,9 @@ class Session:
             "input_share": progress.input_seconds / progress.train_seconds,
         }
         self.run.add_metrics(metrics)
-        for name, value in metrics.items():
-            events.add_scalar(name, value, progress.step)
-        events.flush()
+        if last or progress.train_seconds >= max(self.look_at, EARLY):
+            self.look(trackers)
+        trackers.scalars(metrics, progress.step)
         top1 = f"top-1 {found['top1']:.4f}  " if "top1" in found else ""
         display.line(
             f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
@@ -216,6 +227,17 @@ class Session:
         )
         progress.begin_epoch()
         return judgement
+
+    def look(self, trackers: Trackers) -> None:
+        """Show what the model looks at in a few images, and see to it that doing so again waits for its share of the
+        time."""
+        if not isinstance(self.shipped, VisionTransformer):  # a ResNet has no attention
+            return
+        began = time.perf_counter()
+        with self.average.in_place():
+            picture = looked_at(self.shipped, self.judged, self.mean, self.std)
+        trackers.picture("attention", picture, self.progress.step)
+        self.look_at = self.progress.train_seconds + (time.perf_counter() - began) / LOOKING
 
     def evaluate(self) -> Judgement:
         """What the evaluated split says of the weights as they are, or of their running average."""
@@ -265,9 +287,10 @@ class Session:
 
     def stop(self, number: int) -> NoReturn:
         """End this stretch because a signal came; the state was saved just before."""
+        track = f" --track {self.tracker.name}" if self.tracker else ""
         raise Stopped(
             f"stopped at step {self.progress.step} of {self.batches.steps}; go on with: "
-            f"{program()} train --resume --output {shlex.quote(str(self.run.path))}",
+            f"{program()} train --resume{track} --output {shlex.quote(str(self.run.path))}",
             128 + number,
         )
 

@@ -53,6 +53,7 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
 CLASSES_ONLY = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "layer_decay": 1.0, "patch_dropout": 0.0}
 
 Precision = Literal["auto", "fp32", "bf16"]
+Tracking = Literal["wandb", "mlflow"]  # no setting of a recipe: where figures go, not what they are
 # Of the model's shape; `ViTConfig` has them too.
 Classifier = Literal["token", "gap"]
 Positions = Literal["learnt", "sincos", "rotary"]
@@ -68,7 +69,7 @@ class Recipe:
     """
 
     # The images
-    data: str = setting("digits", "digits, tiny-imagenet, a folder, or a .zip / .tar archive")
+    data: str = setting("digits", "digits, tiny-imagenet, cifar-10, cifar-100, a folder, or a .zip / .tar archive")
     holdout: float = setting(0.0, "tune on this share of the training images, held out, instead of the real split")
     image_size: int = setting(64, "side of the square that the model sees, in pixels")
     # The papers: 2404.00498 (flip alternate), 1409.4842 (resized_crop), 2204.07118, 1909.13719 and 2103.10158 (policy),

@@ -1,4 +1,4 @@
-"""The commands that show what is there: data sets, runs side by side, and a model drawn."""
+"""The commands that show what is there: data sets, runs side by side, a model drawn, and the table of variants."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from vitrail.arguments import Parser, add_json, add_setting, at_least_one, one_o
 from vitrail.errors import BadInput
 from vitrail.recipes import RECIPES, resolve
 from vitrail.settings import Recipe
-from vitrail.tables import as_json, markdown, rendered
+from vitrail.tables import as_json, markdown, rendered, table
 
 IMAGES, VIEWS = 8, 8  # on the picture of what augmentation makes of them
 # What decides how training shows an image: the settings of the images, and some of those that follow.
@@ -121,8 +121,7 @@ def take_draw(parser: Parser, argv: Sequence[str]) -> None:
 
 def do_draw(args: argparse.Namespace) -> str:
     """Draw a model as the paper's figure 1 does."""
-    if args.output.suffix.lower() != ".svg":
-        raise BadInput(f"{args.output} would be an SVG; call it {args.output.with_suffix('.svg')}.")
+    check_svg(args.output)
     from vitrail.checkpoint import write_text
     from vitrail.drawing import MARK, draw, named
     from vitrail.evaluate import read_files
@@ -132,6 +131,63 @@ def do_draw(args: argparse.Namespace) -> str:
     image = read_files([args.image], model.config.image_size).image(0) if args.image else None
     write_text(args.output, draw(model, name, classes, image))
     return str(args.output)
+
+
+def take_variants(parser: Parser, argv: Sequence[str]) -> None:
+    """The size of the images, and where a picture goes."""
+    parser.add_argument("--image-size", type=at_least_one, metavar="N", default=224, help="side in pixels (224)")
+    picture = "write them as a picture, such as variants.svg"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=picture)
+    add_json(parser)
+
+
+def do_variants(args: argparse.Namespace) -> str:
+    """The models that have names, and what each takes, as a table or as a picture."""
+    if args.output is not None and args.json:
+        raise BadInput("--output draws a picture, and has nothing to say in JSON; leave one of them out.")
+    from vitrail.variants import VARIANTS, sizes
+
+    if args.output is not None:
+        return draw_variants(args.output, args.image_size)
+    found = sizes(args.image_size)
+    if args.json:
+        return as_json([dataclasses.asdict(size) | {"image_size": args.image_size} for size in found])
+    columns = ("variant", ">layers", ">width", ">MLP", ">heads", ">parameters", ">GFLOP/image", ">weights, MB")
+    rows = [
+        (size.name, f"{size.num_layers}", f"{size.hidden_size}", f"{size.mlp_dim}", f"{size.num_heads}",
+         f"{size.parameters:,}", f"{size.flops / 1e9:,.1f}", f"{size.bytes / 1e6:,.0f}")
+        for size in found
+    ]  # fmt: skip
+    notes = [
+        f"At {args.image_size} × {args.image_size} pixels and 1,000 classes; weights in float32. FLOP are those of one "
+        "image's logits, every token computed,",
+        "2 for each multiply-add: papers that count these as one quote half. In Python: vitrail.create(VARIANT).",
+    ]
+    if left := [name for name in VARIANTS if name not in {size.name for size in found}]:
+        notes.append(f"Images of {args.image_size} pixels do not divide into the patches of {', '.join(left)}.")
+    return "\n".join([table(columns, rows), "", *notes])
+
+
+def draw_variants(output: Path, image_size: int) -> str:
+    """Write the picture of all variants, and say where it is."""
+    check_svg(output)
+    from vitrail.checkpoint import write_text
+    from vitrail.lineup import MARK, line_up
+    from vitrail.variants import sizes
+
+    check_output(output, MARK, "variants.svg")
+    write_text(output, line_up(sizes(image_size), image_size))
+    return str(output)
+
+
+def check_svg(path: Path) -> None:
+    """Make sure that what is to be an SVG is called one.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if path.suffix.lower() != ".svg":
+        raise BadInput(f"{path} would be an SVG; call it {path.with_suffix('.svg')}.")
 
 
 def check_output(path: Path, mark: str, example: str) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.archives import Storage
+from vitrail.cifar import unpacked
 from vitrail.images import Unreadable, locate, parse_image, read_file, to_rgb
 from vitrail.layouts import HELD_OUT, Layout, Tree, read_layout, readable_names
 from vitrail.progress import track
@@ -96,6 +97,7 @@ def inspect(data: str) -> Inspection:
         BadInput: there is no such data set, or no images are found in it.
     """
     name, storage = locate(data)
+    storage = unpacked(storage)
     layout = read_layout(storage, data)
     stands = [
         (split, folder, image)

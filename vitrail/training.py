@@ -25,7 +25,8 @@ from vitrail.recipes import PRETRAINING, Resolved, default_recipe, resolve
 from vitrail.resnet import ResNetConfig
 from vitrail.resume import Progress, check_images, compare_launches, latest, take_up
 from vitrail.session import Result, Session
-from vitrail.settings import Recipe
+from vitrail.settings import Recipe, Tracking
+from vitrail.trackers import connect
 from vitrail.transfer import BASE, Start, begin, go_on
 
 
@@ -37,6 +38,7 @@ def train(
     from_weights: Path | str | None = None,
     stop_after: int | None = None,
     checkpoint_every: float = 60.0,
+    track: Tracking | None = None,
     **settings: Any,
 ) -> Result:
     """Train a Vision Transformer by a recipe, from images to a run folder with its weights, figures and report.
@@ -50,6 +52,8 @@ def train(
             reads. They say the shape of the model, and what images are normalised by. A resumed run needs them no more.
         stop_after: stop after this many epochs of the schedule, as if it were the end; `resume` goes on from there.
         checkpoint_every: seconds between two checkpoints. One is also made at the start and at the end.
+        track: show the figures to Weights & Biases or MLflow too, whose libraries are extras. A run that is resumed
+            with it is the same run there, its earlier epochs included.
         settings: fields of `Recipe` to set otherwise than the recipe does, such as `epochs=10`.
 
     Raises:
@@ -71,6 +75,7 @@ def train(
     start = replace(start, resolved=settle(start.resolved, device))
     resolved, chosen = start.resolved, start.resolved.recipe
     check(start, stop_after)
+    tracker = connect(track)
     dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
     check_warmup(chosen, len(dataset.splits["train"]))
     built = build_model(chosen, len(dataset.classes), start.base)
@@ -92,7 +97,7 @@ def train(
         keep_freed_memory()
     session = Session(
         run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began, start.mean,
-        start.std,
+        start.std, tracker,
     )  # fmt: skip
     session.announce()
     with deterministic(device), stop_signals() as stopped:

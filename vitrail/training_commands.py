@@ -5,13 +5,16 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, real, shown
+from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, one_of, real, shown
 from vitrail.errors import BadInput
 from vitrail.recipes import DEFAULT, FINE_TUNE, PRETRAINING, RECIPES, default_recipe, resolve
-from vitrail.settings import Recipe
+from vitrail.settings import Recipe, Tracking
 from vitrail.tables import as_json, table
+
+if TYPE_CHECKING:
+    from vitrail.cache import Dataset
 
 HEADINGS = {
     "data": "images", "architecture": "model", "epochs": "optimisation", "objective": "pre-training",
@@ -48,6 +51,8 @@ def take_run(
     parser.add_argument("--resume", action="store_true", help="go on with RUN (the latest) where it was left")
     parser.add_argument("--stop-after", type=at_least_one, metavar="EPOCHS", help="stop there; --resume goes on")
     parser.add_argument("--checkpoint-every", type=real, metavar="SECONDS", help="how often the state is saved (60)")
+    there_too = "show figures and pictures there too, as TensorBoard always has them"
+    parser.add_argument("--track", type=one_of(get_args(Tracking)), metavar="{wandb,mlflow}", help=there_too)
     kinds = get_type_hints(Recipe)
     actions, groups = {}, []
     for setting in dataclasses.fields(Recipe):
@@ -99,7 +104,8 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
     else:
         then = [f"train {learning_from(result.run)}", f"probe {run}"]
     if done < planned:
-        then.append(f"{'pretrain' if pretrained else 'train'} --resume --output {run}")
+        track = f" --track {given['track']}" if "track" in given else ""
+        then.append(f"{'pretrain' if pretrained else 'train'} --resume{track} --output {run}")
     lines += [f"{'' if place else 'then':9}{program()} {words}" for place, words in enumerate(then)]
     return "\n".join(lines)
 
@@ -163,6 +169,25 @@ def do_predict(args: argparse.Namespace) -> str:
     return table(("image", "class", ">probability"), rows)
 
 
+def take_explain(parser: Parser, argv: Sequence[str]) -> None:
+    """The weights, the images, and where the page goes."""
+    what = "a run folder, or anything else that vitrail import takes"
+    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    eight = "a file that Pillow reads (eight of the images that the run is judged by)"
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help=eight)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where page and pictures go (RUN/explain)")
+    spoken = "show what speaks for this class (for the one that the model predicts)"
+    parser.add_argument("--class", dest="spoken", metavar="NAME", help=spoken)
+    add_data(parser)
+
+
+def do_explain(args: argparse.Namespace) -> str:
+    """Write a page, and pictures to share, of what a model looks at."""
+    from vitrail.explainpage import explain_run
+
+    return str(explain_run(args.run, args.images, args.output, args.spoken, args.data))
+
+
 def take_report(parser: Parser, argv: Sequence[str]) -> None:
     """The run, and where its images are."""
     add_run(parser)
@@ -171,23 +196,46 @@ def take_report(parser: Parser, argv: Sequence[str]) -> None:
 
 def do_report(args: argparse.Namespace) -> str:
     """Write a run's page anew. Without the images, it is a page without pictures."""
+    from vitrail.report import write_report
+
+    return str(write_report(args.run, images_to_show(args.run, args.data)))
+
+
+def take_watch(parser: Parser, argv: Sequence[str]) -> None:
+    """The run, where its images are, and where its page is served."""
+    take_report(parser, argv)
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="0.0.0.0 shows it to other machines (127.0.0.1)"
+    )
+    port = "or the next that is free (8500)"
+    parser.add_argument("--port", type=at_least_one, default=8500, metavar="P", help=port)
+
+
+def do_watch(args: argparse.Namespace) -> str:
+    """Serve a run's page until Ctrl-C, moving while the run goes on."""
+    from vitrail.watch import watch
+
+    watch(args.run, images_to_show(args.run, args.data), args.host, args.port)
+    return str(args.run / "report.html")
+
+
+def images_to_show(path: Path, data: str | None) -> "Dataset | None":
+    """The data set of a run's page: `data`, or the run's own; None, and a sentence on stderr, where that is gone."""
     from vitrail import cache
     from vitrail.checkpoint import Run
     from vitrail.evaluate import own_images
     from vitrail.progress import say
-    from vitrail.report import write_report
 
-    run = Run.open(args.run)
+    run = Run.open(path)
     recipe = run.recipe().recipe if run.trained else None
     size, holdout = (recipe.image_size, recipe.holdout) if recipe else (run.config()[0].image_size, 0.0)
     try:
-        dataset = cache.load(args.data or own_images(run), size, holdout=holdout)
+        return cache.load(data or own_images(run), size, holdout=holdout)
     except BadInput as error:
-        if args.data:
+        if data:
             raise
         say(f"vitrail: the page will be without pictures: {error}")
-        dataset = None
-    return str(write_report(args.run, dataset))
+        return None
 
 
 def headline(figures: dict[str, Any]) -> str:

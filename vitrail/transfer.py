@@ -10,7 +10,7 @@ from vitrail.config import HALF, Colours, ViTConfig
 from vitrail.errors import BadInput
 from vitrail.formats import Imported
 from vitrail.models import Model
-from vitrail.recipes import FINE_TUNE, Resolved
+from vitrail.recipes import FINE_TUNE, YOURS, Resolved
 from vitrail.settings import Recipe
 from vitrail.weights import build, digest, read
 
@@ -49,16 +49,14 @@ def begin(resolved: Resolved, path: Path | str | None) -> Start:
     Raises:
         BadInput: the weights cannot be read, a setting that was given disagrees with them, or the recipe needs some.
     """
+    if path is None and resolved.name == FINE_TUNE:
+        raise BadInput(f"the recipe {FINE_TUNE} goes on from weights; say which with --from WEIGHTS (from_weights=…).")
+    if resolved.recipe.data == YOURS:
+        raise BadInput(f"the recipe {resolved.name} is for images of your own; say which with --data D (data=…).")
     if path is None:
-        if resolved.name == FINE_TUNE:
-            raise BadInput(
-                f"the recipe {FINE_TUNE} goes on from weights; say which with --from WEIGHTS (from_weights=…)."
-            )
         return Start(resolved)
     if resolved.recipe.architecture != "vit":
         raise BadInput(f"a {resolved.recipe.architecture} begins with random weights here; leave --from out.")
-    if resolved.name == FINE_TUNE and resolved.set_by["data"] != "command line":
-        raise BadInput("fine-tuning is on images of your own; say which with --data D (data=…).")
     imported = read(Path(path))
     resolved = replace(resolved, weights=str(path), digest=digest(imported.tensors))
     return Start(_shaped(resolved, imported.config), imported.config, imported.mean, imported.std, imported)

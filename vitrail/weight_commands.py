@@ -1,7 +1,6 @@
-"""The commands for weights as such: import, export, probe, and the table of variants."""
+"""The commands for weights as such: import, export and probe."""
 
 import argparse
-import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,32 +100,3 @@ def do_probe(args: argparse.Namespace) -> str:
         f"images ({found['dataset']}, {found['split']}); mean ± standard deviation over {found['draws']} draws\n\n"
         f"{table(columns, list(zip(shots, *said, strict=True)))}"
     )
-
-
-def take_variants(parser: Parser, argv: Sequence[str]) -> None:
-    """The size of the images."""
-    parser.add_argument("--image-size", type=at_least_one, metavar="N", default=224, help="side in pixels (224)")
-    add_json(parser)
-
-
-def do_variants(args: argparse.Namespace) -> str:
-    """The models that have names, and what each takes."""
-    from vitrail.variants import VARIANTS, sizes
-
-    found = sizes(args.image_size)
-    if args.json:
-        return as_json([dataclasses.asdict(size) | {"image_size": args.image_size} for size in found])
-    columns = ("variant", ">layers", ">width", ">MLP", ">heads", ">parameters", ">GFLOP/image", ">weights, MB")
-    rows = [
-        (size.name, f"{size.num_layers}", f"{size.hidden_size}", f"{size.mlp_dim}", f"{size.num_heads}",
-         f"{size.parameters:,}", f"{size.flops / 1e9:,.1f}", f"{size.bytes / 1e6:,.0f}")
-        for size in found
-    ]  # fmt: skip
-    notes = [
-        f"At {args.image_size} × {args.image_size} pixels and 1,000 classes; weights in float32. FLOP are those of one "
-        "image's logits, every token computed,",
-        "2 for each multiply-add: papers that count these as one quote half. In Python: vitrail.create(VARIANT).",
-    ]
-    if left := [name for name in VARIANTS if name not in {size.name for size in found}]:
-        notes.append(f"Images of {args.image_size} pixels do not divide into the patches of {', '.join(left)}.")
-    return "\n".join([table(columns, rows), "", *notes])

@@ -1,0 +1,171 @@
+"""Where a run's figures go beside its folder: into TensorBoard's event files always, and to a tracker if one wants it.
+
+A tracker is shown what the folder has, and nothing hangs on it: a run computes the same bits with one and without, and
+one that does not answer stops nothing. What it has not taken is offered again, by a later stretch of the run too.
+"""
+
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from vitrail.batches import Pixels
+from vitrail.cache import Dataset
+from vitrail.checkpoint import Run, write_text
+from vitrail.config import Colours
+from vitrail.errors import BadInput, Stopped
+from vitrail.explain import attended
+from vitrail.model import VisionTransformer
+from vitrail.panes import enlarge, shine
+from vitrail.progress import say
+from vitrail.recipes import Resolved
+from vitrail.settings import Recipe
+from vitrail.trackers import Tracker, answering, first_line
+from vitrail.views import samples, sheet
+
+NOTE = "tracked.json"  # of a run folder: by tracker, the id of the run there, and the last step that it has taken
+AGAIN = 60.0  # seconds before a tracker that did not answer is asked again
+SEEN, VIEWS = 4, 5  # training images on the sheet, and views of each
+LOOKED_AT, SIDE, GAP = 8, 96, 4  # judged images that attention is drawn of, and the side of each, in pixels
+
+
+class Trackers:
+    """All that takes the figures of one stretch of a run: TensorBoard's events, and a tracker where there is one.
+
+    Args:
+        run: what has them anyway. Metrics that the tracker lacks, of earlier stretches, are sent to it at once.
+        resolved: the settings.
+        step: how many steps were done before.
+        tracker: connected.
+
+    Raises:
+        BadInput: the tracker does not take the run.
+    """
+
+    def __init__(self, run: Run, resolved: Resolved, step: int, tracker: Tracker | None) -> None:
+        self.run, self.tracker = run, tracker
+        self.waiting: deque[dict[str, float]] = deque()  # metrics that the tracker has still to take
+        self.sent = -1  # the last step that it has taken
+        self.answers, self.ask_at = True, 0.0
+        if tracker is not None:
+            self._begin(tracker, resolved)
+        self.events = SummaryWriter(str(run.path), purge_step=step + 1)
+
+    def _begin(self, tracker: Tracker, resolved: Resolved) -> None:
+        known = self._noted().get(tracker.name, {"run": None})
+        begun_with = {"from": resolved.weights} if resolved.weights is not None else {}
+        settings = {"recipe": resolved.name, **begun_with, **asdict(resolved.recipe)}
+        with answering(tracker):
+            self.id = tracker.begin(self.run.path, settings, known["run"])
+        if self.id == known["run"]:
+            self.sent = known["step"]
+        self._note(tracker)
+        metrics = self.run.path / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        self.waiting.extend(line for line in map(json.loads, lines) if line["step"] > self.sent)
+        self._send()
+
+    def _noted(self) -> dict[str, dict[str, Any]]:
+        path = self.run.path / NOTE
+        try:
+            noted: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            return noted
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise BadInput(f"{path} is damaged ({error}); delete it, and the run is sent anew.") from None
+
+    def _note(self, tracker: Tracker) -> None:
+        noted = self._noted() | {tracker.name: {"run": self.id, "step": self.sent}}
+        write_text(self.run.path / NOTE, json.dumps(noted, indent=2) + "\n")
+
+    def scalars(self, metrics: dict[str, float], step: int) -> None:
+        """Figures of the weights behind a step, the last thing to be said of it."""
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, step)
+        self.events.flush()
+        if self.tracker is not None and step > self.sent:  # else it is work that was lost and is done again
+            self.waiting.append(metrics)
+            self._send()
+
+    def _send(self) -> None:
+        """Send the metrics that wait; where the tracker does not answer, they go on waiting."""
+        if self.tracker is None or not self.waiting or time.monotonic() < self.ask_at:
+            return
+        with self._patient(self.tracker):
+            while self.waiting:
+                step = int(self.waiting[0]["step"])
+                self.tracker.scalars(self.waiting[0], step)
+                self.waiting.popleft()
+                self.sent = step
+            self.answers = True
+        self._note(self.tracker)
+
+    def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """A picture (height, width, 3) of what is behind a step, before the figures of it."""
+        self.events.add_image(name, pixels, step, dataformats="HWC")
+        if self.tracker is not None and step > self.sent and time.monotonic() >= self.ask_at:
+            with self._patient(self.tracker):
+                self.tracker.picture(name, pixels, step)
+
+    def results(self, results: dict[str, Any], step: int) -> None:
+        """What `results.json` has, but for what is said of each class."""
+        if self.tracker is not None:
+            with self._patient(self.tracker):
+                self.tracker.results({k: v for k, v in results.items() if k != "per_class"}, step)
+
+    @contextlib.contextmanager
+    def _patient(self, tracker: Tracker) -> Iterator[None]:
+        """The block is of what training does not depend on."""
+        try:
+            yield
+        except (tracker.failure, OSError) as error:
+            if self.answers:
+                why = first_line(error)
+                say(f"{tracker.name} does not answer; the run goes on, and its figures are sent when it does: {why}")
+            self.answers, self.ask_at = False, time.monotonic() + AGAIN
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.events.close()
+        if self.tracker is None:
+            return
+        self.ask_at = 0.0
+        self._send()
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        with self._patient(self.tracker):
+            self.tracker.close("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+        if self.waiting:
+            again = f"--resume --track {self.tracker.name}"
+            say(f"{self.tracker.name} did not take {len(self.waiting)} of the epochs; {again} sends them")
+
+
+def training_images(dataset: Dataset, recipe: Recipe) -> NDArray[np.uint8]:
+    """A picture (height, width, 3) of training images, and of what augmentation makes of them."""
+    rows = samples(dataset.splits["train"], recipe, SEEN, VIEWS)
+    return np.asarray(sheet(f"{dataset.name}: training images", rows, dataset.classes))
+
+
+def looked_at(model: VisionTransformer, judged: Pixels, mean: Colours, std: Colours) -> NDArray[np.uint8]:
+    """A picture (height, width, 3) of a few images, taken evenly, always the same, from those that the run is judged
+    by: above as they are, below lit where the model looks."""
+    index = torch.linspace(0, len(judged) - 1, min(LOOKED_AT, len(judged)), device=judged.device).long()
+    middle = torch.full((len(index), 2), 0.5, device=judged.device)
+    images = list(judged.cut(index, middle).permute(0, 2, 3, 1).cpu().numpy())
+    large = [enlarge(image, SIDE) for image in images]
+    lit = [shine(pixels, values) for pixels, values in zip(large, attended(model, images, mean, std), strict=True)]
+    margin = ((0, GAP), (0, GAP), (0, 0))
+    return np.vstack([np.hstack([np.pad(each, margin, constant_values=255) for each in row]) for row in (large, lit)])
