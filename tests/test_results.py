@@ -39,13 +39,27 @@ def test_a_run_is_kept_with_all_that_it_takes_to_repeat_it(run: Path) -> None:
     assert (last["epoch"], last["val_top1"]) == (found["epochs"], found["top1"])
 
 
+def test_the_first_epochs_beside_the_original() -> None:
+    """Accuracy and training loss of each epoch, in the table whose rows link to runs, and to the original's log."""
+    rows = re.findall(r"^\| \[.*\]\((results/.*)\) \|(.*)\|$", README, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for path, cells in rows:
+        if path.endswith(".json"):
+            log = json.loads((ROOT / path).read_text("utf-8"))
+            epochs = list(zip(log["val_accuracy"], log["train_loss"], strict=True))[:3]
+        else:
+            lines = map(json.loads, (ROOT / path / "metrics.jsonl").read_text("utf-8").splitlines())
+            epochs = [(line["val_top1"], line["train_loss"]) for line in lines]
+        assert [cell.strip() for cell in cells.split("|")] == [f"{top1:.3f}, {loss:.3f}" for top1, loss in epochs]
+
+
 @pytest.mark.parametrize(
     ("recipe", "changed"), sorted({(results(run)["recipe"], changes(run)) for run in RUNS}, key=str), ids=str
 )
 def test_the_readme_has_the_mean_and_the_spread(recipe: str, changed: frozenset[str]) -> None:
     """In the row that links to the runs, which names what they have otherwise than their recipe."""
     kept = [run for run in RUNS if results(run)["recipe"] == recipe and changes(run) == changed]
-    (row,) = (line for line in README.splitlines() if f"(results/{kept[0].name})" in line and line.startswith("|"))
+    (row,) = (line for line in README.splitlines() if f"(results/{kept[0].name})" in line and line.startswith("| `"))
     assert row.startswith(f"| `{recipe}`")
     assert all(f"(results/{run.name})" in row for run in kept)
     for name in changed:
