@@ -21,6 +21,17 @@ from vitrail.variants import VARIANTS
 LIBRARIES: tuple[Library, ...] = ("transformers", "timm")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=24, mlp_dim=50, num_heads=3, num_layers=2, num_classes=3)
 TINY = replace(SMALL, image_size=8, hidden_size=8, mlp_dim=8, num_heads=2, num_layers=1)
+KINDS = {  # by what the head reads, and the tokens that there are beside the patches
+    "token": SMALL, "gap": replace(SMALL, classifier="gap"), "registers": replace(SMALL, registers=2),
+    "registers, gap": replace(SMALL, registers=2, classifier="gap", representation_size=10),
+    "larger images": replace(SMALL, image_size=36),
+}  # fmt: skip
+ADDED = {  # by what is in their blocks, or before them
+    "rotary": replace(SMALL, positions="rotary", registers=1), "sincos": replace(SMALL, positions="sincos"),
+    "LayerScale": replace(SMALL, layer_scale=0.1), "qk-norm": replace(SMALL, qk_norm=True),
+    "convolutions": replace(SMALL, stem="convolutions"), "hybrid": replace(SMALL, resnet_blocks=(1,), patch_size=1),
+    "all": replace(SMALL, positions="rotary", layer_scale=0.1, qk_norm=True, stem="convolutions", classifier="gap"),
+}  # fmt: skip
 CLASSES = ("cat", "dög", "a, \"b\"")  # fmt: skip
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -36,6 +47,15 @@ def sayable() -> Iterator[Any]:
                 assert config.resnet_blocks is not None or (config.classifier, library) == ("gap", "transformers")
             else:
                 yield pytest.param(library, small, id=f"{library}-{name}")
+
+
+def model_of(config: ViTConfig) -> VisionTransformer:
+    """A model with weights that make attention uneven."""
+    torch.manual_seed(0)
+    model = VisionTransformer(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model
 
 
 def imported(config: ViTConfig, **others: Any) -> Imported:
@@ -54,8 +74,8 @@ def written(folder: Path, library: Library, model: Imported) -> Path:
     return folder
 
 
-def images(config: ViTConfig) -> torch.Tensor:
-    return torch.randn(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+def images(config: ViTConfig, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
 
 
 def change(path: Path, **settings: Any) -> None:

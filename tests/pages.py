@@ -72,10 +72,11 @@ class Browser:
     """One window. `events` is all that the browser has reported since the page was opened."""
 
     def __init__(self, profile: Path) -> None:
+        assert CHROMIUM is not None, "there is no Chromium here"
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(commands), str(answers), str(CHROMIUM), *FLAGS,
+            [sys.executable, "-c", START, str(commands), str(answers), CHROMIUM, *FLAGS,
              f"--user-data-dir={profile}"],
             pass_fds=(commands, answers), stderr=subprocess.DEVNULL,
         )  # fmt: skip

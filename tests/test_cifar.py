@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_download import serving
 
 from vitrail import cache, images
 from vitrail.cifar import SIDE
 from vitrail.cli import main
-from vitrail.download import CIFAR_10, CIFAR_100
+from vitrail.download import CIFAR_10, CIFAR_100, Remote
 from vitrail.errors import BadInput
 
 ANIMALS = ("bird", "cat", "dog")
@@ -96,12 +97,31 @@ def test_it_is_looked_through_and_trained_on(folder: Path, capsys: pytest.Captur
     assert "6 images (cifar-10-batches-bin, test)" in capsys.readouterr().out
 
 
-def test_the_real_files_are_those_that_their_author_ships() -> None:
-    assert images.REMOTES["cifar-10"] is CIFAR_10
-    assert images.REMOTES["cifar-100"] is CIFAR_100
-    for remote, digits, size, md5 in (
-        (CIFAR_10, "10", 170_052_171, "c32a1d4ab5d03f1284b67883e8d87530"),
-        (CIFAR_100, "100", 168_513_733, "03b5dce01913d631647c71ecec9e9cb8"),
-    ):
-        assert remote.url == f"https://www.cs.toronto.edu/~kriz/cifar-{digits}-binary.tar.gz"
-        assert (remote.size, remote.md5) == (size, md5)
+@pytest.mark.parametrize("data", ["cifar-10", "cifar-100"])
+def test_it_is_downloaded_and_refused_where_it_is_another_file(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = data == "cifar-100"
+    files = ("train.bin", "test.bin") if coarse else CIFAR_10_FILES
+    names = "fine_label_names.txt" if coarse else "batches.meta.txt"
+    folder = written(tmp_path / f"{data}-binary", records(*files), names, coarse=coarse)
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as tar:
+        tar.add(folder, folder.name)
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    real = images.REMOTES[data]
+    with serving((tmp_path / "archive.tar.gz").read_bytes()) as server:
+        url = real.url.replace("https://www.cs.toronto.edu", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setitem(images.REMOTES, data, Remote(url, len(server.content), real.md5))
+        with pytest.raises(BadInput, match=f"is not the file that was asked for: .* not {real.md5}"):
+            cache.load(data, SIDE)
+        monkeypatch.setitem(images.REMOTES, data, Remote(url, len(server.content), server.remote.md5))
+        dataset = cache.load(data, SIDE)
+    assert server.paths == [f"/~kriz/{data}-binary.tar.gz"] * 2
+    assert (dataset.name, dataset.classes, dataset.evaluation) == (data, ANIMALS, "test")
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 6 * len(files[1:]), "test": 6}
+
+
+def test_the_sums_are_those_on_the_page_of_the_author() -> None:
+    # https://www.cs.toronto.edu/~kriz/cifar.html, "binary version"
+    assert CIFAR_10.md5 == "c32a1d4ab5d03f1284b67883e8d87530"
+    assert CIFAR_100.md5 == "03b5dce01913d631647c71ecec9e9cb8"

@@ -1,5 +1,6 @@
 """Downloads, from a real server on this machine that breaks off, is slow, and lies."""
 
+import contextlib
 import hashlib
 import io
 import re
@@ -34,6 +35,7 @@ class Server(ThreadingHTTPServer):
         self.content = content
         self.plan: list[Callable[[Handler, int], None]] = []
         self.asked: list[str | None] = []  # the Range of each request
+        self.paths: list[str] = []  # and the file
 
     @property
     def remote(self) -> Remote:
@@ -52,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.headers["Range"]
         self.server.asked.append(asked)
+        self.server.paths.append(self.path)
         begin = int(re.findall(r"\d+", asked)[0]) if asked else 0
         (self.server.plan.pop(0) if self.server.plan else proper)(self, begin)
 
@@ -153,15 +156,21 @@ def have_no_such_range(handler: Handler, begin: int) -> None:
     handler.send_error(416)
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server(CONTENT) as running:
+@contextlib.contextmanager
+def serving(content: bytes) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch, Server(content) as running:
+        patch.setenv("no_proxy", "127.0.0.1")
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving(CONTENT) as running:
+        yield running
 
 
 FROM_100 = "bytes=100000-"

@@ -3,41 +3,26 @@ known."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import SMALL
+from folders import ADDED, KINDS, SMALL, model_of
+from folders import images as images_of
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import vitrail
-from vitrail import explain
+from vitrail import explain, passage
 from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import TransformerEncoderBlock, VisionTransformer
+from vitrail.model import Attention, VisionTransformer
 from vitrail.resnet import ResNetClassifier, ResNetConfig
 from vitrail.settings import Classifier
 
 Array = NDArray[np.float64]
-KINDS = {
-    "token": SMALL, "gap": replace(SMALL, classifier="gap"), "registers": replace(SMALL, registers=2),
-    "registers, gap": replace(SMALL, registers=2, classifier="gap", representation_size=10),
-    "larger images": replace(SMALL, image_size=36),
-}  # fmt: skip
-
-
-def model_of(config: ViTConfig) -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(config).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
-def images_of(config: ViTConfig, count: int = 3) -> Tensor:
-    return torch.randn(count, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
 
 
 def numpy_rollout(model: VisionTransformer, image: Array) -> Array:
@@ -93,17 +78,20 @@ def test_rollout_is_that_of_numpy(config: ViTConfig) -> None:
     assert np.ptp(expected) > 1e-3  # so that it is no flat map that agrees
 
 
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-def test_gradient_rollout_is_equations_5_and_6(config: ViTConfig) -> None:
+@pytest.mark.parametrize("config", (KINDS | ADDED).values(), ids=KINDS | ADDED)
+def test_gradient_rollout_is_equations_5_and_6(config: ViTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = model_of(config), images_of(config)
     classes = [2, 0, 1]
-    tokens, kept = model.embed(images), list[Tensor]()
-    for block in model.blocks:
-        assert isinstance(block, TransformerEncoderBlock)
-        tokens, weights = explain.explicit(block, tokens, None)
-        kept.append(weights)
-    logits = model.forward_head(model.norm(tokens))
-    torch.testing.assert_close(logits, model(images))  # which does not go through `explicit`
+    plain, kept = Attention.softmax, list[Tensor]()
+
+    def keep(q: Tensor, k: Tensor) -> Tensor:
+        kept.append(plain(q, k))
+        return kept[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "softmax", staticmethod(keep))
+        logits = model.forward_head(model.forward_encoder(model.embed(images)))  # the whole of all layers
+    assert len(kept) == config.num_layers
     gradients = torch.autograd.grad(logits[range(3), classes].sum(), kept)
     joint = torch.eye(config.num_tokens)
     for weights, gradient in zip(kept, gradients, strict=True):
@@ -113,6 +101,7 @@ def test_gradient_rollout_is_equations_5_and_6(config: ViTConfig) -> None:
     row = joint[:, 0] if config.classifier == "token" else joint[:, front:].mean(1)
     found = explain.gradient_rollout(model, images, classes)
     torch.testing.assert_close(found.flatten(1), row[:, front:], atol=1e-5, rtol=1e-4)
+    assert (found.flatten(1).std(1) > 1e-5).all()  # so that it is no flat map that agrees
     predicted = explain.gradient_rollout(model, images)
     torch.testing.assert_close(predicted, explain.gradient_rollout(model, images, logits.argmax(1).tolist()))
     assert all(weight.grad is None for weight in model.parameters())
@@ -151,8 +140,10 @@ def test_the_patch_that_decides_is_found(classifier: Classifier) -> None:
 def test_attention_and_what_heads_read() -> None:
     for config in (SMALL, replace(SMALL, classifier="gap", registers=1)):
         model, images = model_of(config).train(), images_of(config)
+        model.blocks[1].eval()  # frozen, say
+        before = [module.training for module in model.modules()]
         weights = vitrail.attention(model, images, layers=[1])
-        assert model.training
+        assert [module.training for module in model.modules()] == before
         assert weights.keys() == {1}
         torch.testing.assert_close(weights[1].sum(-1), torch.ones(3, 3, config.num_tokens))
         front = config.num_prefix_tokens
@@ -164,6 +155,7 @@ def test_attention_and_what_heads_read() -> None:
             vitrail.attention(model, images, layers=[0, -1])
         with pytest.raises(BadInput, match="layers 0 to 1, and no layer 2"):
             explain.read_by_heads(model, images, [2])
+        assert explain.read_by_heads(model, images, []) == vitrail.attention(model, images, []) == {}
 
 
 def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +166,8 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: explain.read_by_heads(model, images)[0], lambda: explain.attention_distance(model, images),
     ]  # fmt: skip
     together = [each() for each in ask]
-    cost = SMALL.num_heads * SMALL.num_tokens**2 + 3 * SMALL.mlp_dim * SMALL.num_tokens
-    monkeypatch.setattr(explain, "PART", 2 * cost)
+    cost = SMALL.num_tokens * (SMALL.num_layers * SMALL.hidden_size + 3 * SMALL.mlp_dim)
+    monkeypatch.setattr(passage, "PART", 2 * cost)
     seen: list[int] = []
 
     def embed(batch: Tensor) -> Tensor:
@@ -186,6 +178,19 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for each, expected in zip(ask, together, strict=True):
         torch.testing.assert_close(each(), expected)
     assert seen == [2, 2, 1] * len(ask)
+
+    few, plain, sizes = 4 * SMALL.num_heads * SMALL.num_tokens, Attention.softmax, list[int]()
+
+    def softmax(q: Tensor, k: Tensor) -> Tensor:
+        weights = plain(q, k)
+        sizes.append(weights.numel())
+        return weights
+
+    monkeypatch.setattr(passage, "PART", few)
+    monkeypatch.setattr(Attention, "softmax", staticmethod(softmax))
+    for each, expected in zip(ask, together, strict=True):
+        torch.testing.assert_close(each(), expected)
+    assert max(sizes) == few  # 4 rows of one image, of the 17 that there are
 
 
 def test_attention_distance_is_the_mean_of_all_distances() -> None:
@@ -237,10 +242,21 @@ def test_what_a_model_lacks_is_said() -> None:
     with pytest.raises(BadInput, match="positions are rotary"):
         explain.position_similarity(VisionTransformer(replace(SMALL, positions="rotary")))
     model, images = model_of(SMALL), images_of(SMALL)
+    cnn: Any = ResNetClassifier(ResNetConfig(32, 3, 32, (1,)))
+    for ask in (vitrail.attention, explain.rollout, explain.gradient_rollout, explain.read_by_heads,
+                explain.attention_distance):  # fmt: skip
+        with pytest.raises(BadInput, match="a ResNet has no attention"):
+            ask(cnn, images)
+    for find in (explain.embedding_filters, explain.position_similarity):
+        with pytest.raises(BadInput, match="a ResNet has no attention"):
+            find(cnn)
     with pytest.raises(BadInput, match="3 images and 2 classes"):
         explain.gradient_rollout(model, images, [0, 1])
     with pytest.raises(BadInput, match="classes 0 to 2, and no class 3"):
         explain.gradient_rollout(model, images, [0, 1, 3])
+    nn.init.ones_(model.patch_embedding.projection.weight)
+    with pytest.raises(BadInput, match="filters are all the same"):
+        explain.embedding_filters(model)
 
 
 def test_stored_images_are_seen_as_in_evaluation() -> None:
@@ -250,7 +266,6 @@ def test_stored_images_are_seen_as_in_evaluation() -> None:
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     before = torch.random.get_rng_state()
     found = explain.attended(model, pictures, mean, std)
-    against = explain.attended(model, pictures, mean, std, by="gradient", classes=[1, 1, 0])
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), before)  # training goes on to the same bits
     squares = explain.squares(pictures, 16)
@@ -258,8 +273,6 @@ def test_stored_images_are_seen_as_in_evaluation() -> None:
     images = torch.stack([torch.from_numpy(square.copy()).permute(2, 0, 1) / 255 for square in squares])
     images = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     np.testing.assert_allclose(np.stack(found), explain.rollout(model, images).numpy(), atol=1e-6)
-    expected = explain.gradient_rollout(model, images, [1, 1, 0])
-    np.testing.assert_allclose(np.stack(against), expected.numpy(), atol=1e-5, rtol=1e-4)
     assert found[0].dtype == np.float32
     assert explain.attended(model, []) == []
     with pytest.raises(BadInput, match="17 × 15 is too small for 16 pixels"):

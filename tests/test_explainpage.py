@@ -1,20 +1,31 @@
 """`vitrail explain`: its page and pictures of a run, of weights from elsewhere, and of what has learnt no classes."""
 
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from folders import SMALL, imported, written
 from pages import Page, assert_self_contained
 from PIL import Image
 
 import vitrail
-from vitrail import panes
+from vitrail import explainpage, panes
 from vitrail.checkpoint import Run
 from vitrail.cli import main
+from vitrail.explainpage import Look, lightest, open_model, pane_side, share
+from vitrail.model import VisionTransformer
 from vitrail.resnet import ResNetClassifier, ResNetConfig
+from vitrail.variants import VARIANTS
 
+GOLDEN = Path(__file__).parent / "golden"
+ALL_LAYERS = pytest.mark.skipif("LARGE_TESTS" not in os.environ, reason="takes 10 s; LARGE_TESTS=1 has it run")
 TINY: dict[str, Any] = {"epochs": 1, "hidden_size": 16, "mlp_dim": 16, "num_heads": 2, "num_layers": 2}
 
 
@@ -44,6 +55,10 @@ def test_a_run_is_explained(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert len(page.values("img", "src")) == 8 * 4 + 3  # with heads; filters, similarities and their scale
     assert page.text.count("what speaks for") == 8
     assert page.text.count("layer 2") == 8 + 2  # beside the heads, and the dots of two heads
+    assert "would be 6.2% if all 16 had as much" in page.text
+    shares = [float(share) for share in re.findall(r"lightest patch (\d+\.\d)%", page.text)]
+    assert len(shares) + page.text.count("no patch") == 8 * 2
+    assert all(6.2 <= share <= 100 for share in shares)
     pictures = sorted((run / "explain").glob("*.png"))
     assert len(pictures) == 8
     with Image.open(pictures[0]) as picture:
@@ -62,6 +77,18 @@ def test_images_of_ones_own_and_a_class(run: Path, scans: list[str], tmp_path: P
     assert sorted(path.name for path in folder.iterdir()) == ["a_b.png", "explain.html"]
 
 
+def test_what_systems_and_killed_calls_leave_is_in_nobodys_way(run: Path, scans: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "seen"
+    words = ["explain", str(run), scans[0], "--output", str(folder)]
+    assert main(words) == 0
+    (folder / ".DS_Store").write_bytes(b"of the system")
+    (folder / ".mine.png.7").write_bytes(b"somebody's own")
+    for name in ("explain.html", "a_b.png"):
+        (folder / f".{name}.123").write_bytes((folder / name).read_bytes()[:3000])
+    assert main(words) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", ".mine.png.7", "a_b.png", "explain.html"]
+
+
 def test_weights_from_elsewhere(scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "vit", "timm", imported(SMALL))
@@ -69,6 +96,23 @@ def test_weights_from_elsewhere(scans: list[str], tmp_path: Path, monkeypatch: p
     page = Page(tmp_path / "vit-explain" / "explain.html")
     assert "dög" in page.text  # named, escaped and all
     assert_self_contained(page)
+
+
+def test_data_of_other_classes_and_images_of_another_size(
+    scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "vit", "timm", imported(SMALL))
+    assert main(["explain", "vit", "--data", "digits"]) == 0
+    page = Page(tmp_path / "vit-explain" / "explain.html")
+    assert "8 images of digits, test" in page.text
+    assert "is 3" not in page.text  # which the model has never heard of
+    official = str(GOLDEN / "token.npz")
+    size = vitrail.load(official).config.image_size
+    for more in (size, 2 * size):
+        words = ["--image-size", str(more)] * (more != size)
+        assert main(["explain", official, scans[0], "--output", "seen", *words]) == 0
+        assert f"It sees images of {more} × {more} pixels" in Page(tmp_path / "seen" / "explain.html").text
 
 
 def test_a_model_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +149,84 @@ def test_what_cannot_be_explained_is_said(
     Run.create(tmp_path / "cnn").save_model(ResNetClassifier(ResNetConfig(32, 2, 32, (1,))), ("cat", "dog"))
     assert main(["explain", str(tmp_path / "cnn"), scans[0]]) == 2
     assert "cnn is a run of a ResNet, which has no attention to look at" in capsys.readouterr().err
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from vitrail.explainpage import explain_run
+from vitrail.process import resident
+before = resident()[0]
+explain_run(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]))
+added = resident()[1] - before
+print(added)
+"""
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(12, marks=ALL_LAYERS)])
+def test_memory_is_bounded(layers: int, scans: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = replace(VARIANTS["ViT-B/16"], image_size=384, num_classes=3, num_layers=layers)
+    model = VisionTransformer(config)
+    torch.nn.init.normal_(model.head.weight)
+    Run.create(tmp_path / "run").save_model(model, ("a", "b", "c"))
+    words = [sys.executable, "-c", MEMORY, str(tmp_path / "run"), scans[0], str(tmp_path / "seen")]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=300)
+    added = int(done.stdout)
+    assert 4 * sum(weight.numel() for weight in model.parameters()) < added
+    layer = sum(weight.numel() for weight in model.blocks[0].parameters()) + config.num_tokens * config.hidden_size
+    assert added + (12 - layers) * 4 * layer < 2e9  # each layer more adds its weights, and what enters it
+
+
+def test_an_image_goes_through_the_model_once(
+    run: Path, scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, seen = VisionTransformer.embed, list[int]()
+
+    def count(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return embed(model, images)
+
+    monkeypatch.setattr(VisionTransformer, "embed", count)
+    assert main(["explain", str(run), *scans, "--output", str(tmp_path / "seen")]) == 0
+    assert seen == [1, 1]
+
+
+def test_many_panes_are_small(run: Path, scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pane_side(8, 12 * 12) == 64
+    for images, heads in ((64, 12 * 12), (64, 32 * 16), (64, 10**6)):
+        assert images * heads * pane_side(images, heads) ** 2 <= max(explainpage.PANES, images * heads)
+    sizes = []
+    for most in (explainpage.PANES, 2 * 4 * 3**2):  # two images of four heads
+        monkeypatch.setattr(explainpage, "PANES", most)
+        assert main(["explain", str(run), *scans, "--output", str(tmp_path / "seen")]) == 0
+        sizes.append((tmp_path / "seen" / "explain.html").stat().st_size)
+        width = 2 * (64 if most > 100 else 3) + 3 * 2
+        assert f'width="{width}" height="{width}"' in (tmp_path / "seen" / "explain.html").read_text("utf-8")
+    assert sizes[1] < sizes[0]
+
+
+def test_how_much_the_lightest_patch_has() -> None:
+    values = np.full((2, 2), 0.1, np.float32)
+    assert lightest(values) == pytest.approx(0.25)
+    values[0, 1] = 0.7
+    assert lightest(values) == pytest.approx(0.7)
+    assert lightest(np.zeros((2, 2), np.float32)) == 0
+
+
+def test_what_is_nearly_sure_is_not_rounded_to_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+    plain = panes.side_by_side
+
+    def keep(row: list[tuple[Any, str]]) -> Image.Image:
+        words.extend(said for _, said in row)
+        return plain(row)
+
+    monkeypatch.setattr(panes, "side_by_side", keep)
+    values = np.array([[0.1, 0.1], [0.1, 0.7]], np.float32)
+    one = Look("a.png", np.zeros((16, 16, 3), np.uint8), 3, ((3, 0.9997),), 3, values, values, values[None, None])
+    share(tmp_path, one, open_model(run))
+    assert words == ["a, is 3", "run looks here (lightest patch 70.0%, evenly 25.0%)", "for 3 (>99%)"]
 
 
 def test_light_falls_where_the_map_is_high() -> None:
@@ -147,3 +269,4 @@ def test_small_images_stay_squares() -> None:
     np.testing.assert_array_equal(large[::2, ::2], image)
     assert panes.enlarge(np.zeros((40, 64, 3), np.uint8), 128).shape == (80, 128, 3)
     assert panes.enlarge(np.zeros((400, 640, 3), np.uint8), 128).shape == (80, 128, 3)
+    assert panes.enlarge(np.zeros((20, 32, 3), np.uint8), 16).shape == (10, 16, 3)

@@ -18,7 +18,7 @@ from run_folders import EPOCHS, add_weights, answer, begin, digits, finish, nois
 from safetensors.numpy import save_file
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from vitrail import __version__, curves, gallery, pictures, report, scores, snapshot
+from vitrail import __version__, curves, gallery, panes, pictures, report, scores, snapshot, views
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, write_tensors
 from vitrail.config import HALF
@@ -40,6 +40,14 @@ def pictured(page: Page, section: str) -> list[Any]:
         np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         for data in re.findall(r'src="data:image/\w+;base64,([^"]+)"', html[1] if html else "")
     ]
+
+
+def has_font(name: str) -> bool:
+    try:
+        ImageFont.truetype(name, 10)
+    except OSError:
+        return False
+    return True
 
 
 # Figures
@@ -151,7 +159,7 @@ def test_where_the_model_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (looked,) = attended(model, [pixels], HALF, HALF)
         assert plain == pictures.thumbnail(pixels).uri
         assert lit == pictures.thumbnail(shine(enlarge(pixels, gallery.LIT), looked)).uri
-    monkeypatch.setattr(gallery, "LOOKING", 2 * 3 * sum(w.numel() for w in model.parameters()) * 17)
+    monkeypatch.setattr(gallery, "MOST_FLOPS", 2 * 3 * sum(w.numel() for w in model.parameters()) * 17)
     few = Page(report.write_report(run, dataset))  # what takes longer than that is not looked at
     assert few.html.count('<div class="pair">') == 3
     Run(run).save_model(ResNetClassifier(ResNetConfig(8, 10)), dataset.classes)
@@ -313,6 +321,10 @@ def test_damaged_file_leaves_the_old_page(tmp_path: Path) -> None:
     (run / "results.json").write_text('{"top1": 0.9')
     with pytest.raises(BadInput, match=r"results\.json is damaged"):
         report.write_report(run, None)
+    finish(tmp_path / "other", digits(2))
+    (tmp_path / "other" / "predictions.safetensors").write_bytes(b"cut off")
+    with pytest.raises(BadInput, match=r"predictions\.safetensors is damaged"):
+        report.write_report(tmp_path / "other", None)
     assert (run / "report.html").read_bytes() == before
 
 
@@ -320,7 +332,11 @@ def test_damaged_file_leaves_the_old_page(tmp_path: Path) -> None:
 
 
 def test_the_original_is_behind_what_can_be_compared_with_it(tmp_path: Path) -> None:
-    assert curves.ORIGINAL.read_bytes() == (RESULTS / "original-vit-12.json").read_bytes()
+    assert curves.ORIGINAL.parent == Path(report.__file__).parent  # which is what is installed
+    assert not curves.ORIGINAL.is_symlink()
+    accuracies = [row["val_top1"] for row in curves.original()]
+    assert len(accuracies) == 150
+    assert [round(accuracies[epoch], 3) for epoch in (0, 1, 2, -1)] == [0.073, 0.139, 0.177, 0.383]
     run = tmp_path / "run"
     shutil.copytree(RESULTS / "vit-12-3-epochs", run)
     page = Page(report.write_report(run, None))
@@ -380,6 +396,27 @@ def test_a_run_in_one_picture(tmp_path: Path) -> None:
         assert is_it[180:560, 700:1000].any()
         assert is_it[180:560, 1140:1400].any()
     assert (run / "results.png").stat().st_size < 500_000
+    for noted in ("tracked.json", "progress.json"):
+        (run / noted).write_text("{}")
+    Run(run).go_back(20)  # as resuming does
+    there = {path.name for path in run.iterdir()}
+    assert there == {"recipe.yaml", "environment.json", "metrics.jsonl", "model", "report.html", "tracked.json"}
+
+
+def test_its_colours_are_the_pages() -> None:
+    html = (Path(report.__file__).parent / "templates" / "page.html").read_text("utf-8")
+    light = dict(re.findall(r"--([\w-]+): (#\w+);", html[: html.index("prefers-color-scheme: dark")]))
+    assert light["paper"] == snapshot.PAPER
+    assert light["ink"] == snapshot.INK == views.INK
+    assert light["soft"] == snapshot.SOFT == snapshot.KINDS["plain"] == views.SOFT
+    assert light["rule"] == snapshot.RULE
+    assert light["lead"] == snapshot.LEAD
+    assert ImageColor.getrgb(light["lead"]) == panes.LEAD
+    assert {name: light[name] for name in ("held", "train")} | {"plain": light["soft"]} == snapshot.KINDS
+    assert (light["bad"], light["good"]) == (snapshot.WRONG, snapshot.RIGHT)
+    glass = re.search(r"set glass = \[(.*?)\]", html, flags=re.DOTALL)
+    assert glass is not None
+    assert set(snapshot.GLASS) <= set(re.findall("#[0-9a-f]{6}", glass[1]))
 
 
 def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
@@ -398,16 +435,28 @@ def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "font"), [("9 · 50% ± 1…", "Aileron"), ("名前 žlutý", "DejaVu Sans")])
 def test_fonts(words: str, font: str) -> None:
-    if not snapshot.EMBEDDED.fullmatch(words) and not any(map(has_font, snapshot.FONTS)):
+    if not pictures.EMBEDDED.fullmatch(words) and not any(map(has_font, pictures.FONTS)):
         pytest.skip("there is no font here but Pillow's own")
-    found = snapshot.font_for(words, 20)
+    found = pictures.font_for(words, 20)
     assert isinstance(found, ImageFont.FreeTypeFont)
     assert (found.getname()[0] == "Aileron") == (font == "Aileron")
 
 
-def has_font(name: str) -> bool:
-    try:
-        ImageFont.truetype(name, 10)
-    except OSError:
-        return False
-    return True
+def test_words_that_are_fitted() -> None:
+    assert pictures.fitted("goldfish", 13, 100)[0] == "goldfish"
+    room = pictures.font_for("", 13).getlength("golden …")
+    assert pictures.fitted("golden retriever", 13, room)[0] == "golden…"  # it ends in a letter
+    assert pictures.fitted("golden retriever", 13, room - 0.1)[0] == "golden…"
+    assert pictures.fitted("golden retriever", 13, room / 2)[0] == "go…"
+    assert pictures.fitted("golden", 13, 1)[0] == "…"
+
+
+@pytest.mark.skipif(not any(map(has_font, pictures.FONTS)), reason="there is no font here but Pillow's own")
+def test_pictures_show_names_that_the_font_of_pillow_lacks() -> None:
+    pane, scan = np.zeros((40, 40, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
+    for name, other in (("ž", "ř"), ("д", "ж")):  # which are the same box in Pillow's
+        beside = [np.asarray(panes.side_by_side([(pane, words)])) for words in (name, other)]
+        assert (beside[0] != beside[1]).any()
+        sample = views.Sample(scan, "scan", 0, (views.View(scan, 0, 0, 1.0),))
+        sheets = [np.asarray(views.sheet("", [sample], [words])) for words in (name, other)]
+        assert (sheets[0] != sheets[1]).any()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vitrail.checkpoint import Run
+from vitrail.cli import main
 from vitrail.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -53,14 +54,27 @@ def test_the_first_epochs_beside_the_original() -> None:
         assert [cell.strip() for cell in cells.split("|")] == [f"{top1:.3f}, {loss:.3f}" for top1, loss in epochs]
 
 
+def test_the_comparison_is_what_the_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (typed,) = re.findall(r"^`vitrail (compare results/.*)` says:$", README, flags=re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    assert main([*typed.split(), "--output", str(tmp_path / "page.html")]) == 0
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(tables) == 8
+    assert "\n".join(tables[:5]) in README
+    assert "\n".join(tables[5:]) in README
+
+
 @pytest.mark.parametrize(
     ("recipe", "changed"), sorted({(results(run)["recipe"], changes(run)) for run in RUNS}, key=str), ids=str
 )
 def test_the_readme_has_the_mean_and_the_spread(recipe: str, changed: frozenset[str]) -> None:
     """In the row that links to the runs, which names what they have otherwise than their recipe."""
     kept = [run for run in RUNS if results(run)["recipe"] == recipe and changes(run) == changed]
-    (row,) = (line for line in README.splitlines() if f"(results/{kept[0].name})" in line and line.startswith("| `"))
-    assert row.startswith(f"| `{recipe}`")
+    (row,) = (
+        line for line in README.splitlines() if f"(results/{kept[0].name})" in line and line.startswith(f"| `{recipe}`")
+    )
     assert all(f"(results/{run.name})" in row for run in kept)
     for name in changed:
         assert f"`{name}={getattr(Run(kept[0]).recipe().recipe, name)}`" in row, row

@@ -26,7 +26,7 @@ import vitrail
 from vitrail import cache, session, track, training
 from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, Stopped
 from vitrail.explain import attended
 from vitrail.panes import enlarge, shine
 from vitrail.recipes import resolve
@@ -62,14 +62,13 @@ class Notebook:
     """A tracker that keeps what it is told in a list, and is away for as long as `away` says."""
 
     name: Tracking = "mlflow"
-    failure: type[Exception] = KeyError
 
     def __init__(self, told: list[tuple[str, Any, int]], away: Callable[[], bool] = lambda: False) -> None:
         self.told, self.away = told, away
 
     def note(self, what: str, value: Any, step: int) -> None:
         if self.away():
-            raise ConnectionRefusedError("nobody is there\nand more of it")
+            raise RuntimeError("nobody is there\nand more of it")
         self.told.append((what, value, step))
 
     def connect(self) -> None:
@@ -227,10 +226,55 @@ def test_what_a_tracker_did_not_take_is_sent_when_it_answers_and_by_the_next_str
         away = True
         sending.scalars(epoch(tmp_path, 60), 60)
         sending.results({"top1": 0.5}, 60)
-    assert "mlflow did not take 1 of the epochs; --resume --track mlflow sends them" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "mlflow did not take 1 of the epochs and the results; --resume --track mlflow sends them" in said
     away = False
-    with trackers(tmp_path, 60, notebook):
+    with trackers(tmp_path, 60, notebook) as sending:
         assert notebook.steps("scalars") == [10, 20, 30, 40, 50, 60]
+        sending.results({"top1": 0.5}, 60)
+    assert notebook.steps("results") == [60]
+    assert "did not take" not in capsys.readouterr().err
+
+
+def test_a_tracker_is_told_of_steps_in_their_order(tmp_path: Path) -> None:
+    away = False
+    notebook, picture = Notebook([], lambda: away), np.zeros((2, 2, 3), np.uint8)
+    with trackers(tmp_path, 0, notebook) as sending:
+        away = True
+        sending.scalars(epoch(tmp_path, 10), 10)
+        sending.ask_at = 0.0
+        sending.picture("attention", picture, 20)
+        away = False
+        sending.scalars(epoch(tmp_path, 20), 20)
+        sending.ask_at = 0.0
+        sending.picture("attention", picture, 30)
+        sending.scalars(epoch(tmp_path, 30), 30)
+    told = [(what, step) for what, _, step in notebook.told if what in ("scalars", "attention")]
+    assert told == [("scalars", 10), ("scalars", 20), ("attention", 30), ("scalars", 30)]
+
+
+def test_where_nothing_can_be_written_the_first_error_is_the_one_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending = trackers(tmp_path, 0, notebook := Notebook([]))
+    (tmp_path / NOTE).unlink()
+    (tmp_path / NOTE).mkdir()  # no file can be put there, as on a full disk
+    close = sending.events.close
+
+    def close_and_fail() -> None:
+        close()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sending.events, "close", close_and_fail)
+
+    def stop() -> None:
+        with sending:
+            sending.scalars(epoch(tmp_path, 10), 10)
+            raise Stopped("by a signal", 130)
+
+    with pytest.raises(Stopped, match="by a signal"):
+        stop()
+    assert [what for what, _, _ in notebook.told] == ["begin", "scalars", "close"]
 
 
 def test_a_tracker_that_does_not_take_the_run_is_bad_input(tmp_path: Path) -> None:
@@ -238,9 +282,10 @@ def test_a_tracker_that_does_not_take_the_run_is_bad_input(tmp_path: Path) -> No
         BadInput, match=r"mlflow does not take the run: nobody is there\. MLFLOW_TRACKING_URI says where"
     ):
         trackers(tmp_path, 0, Notebook([], lambda: True))
-    (tmp_path / NOTE).write_text("{")
-    with pytest.raises(BadInput, match=rf"{NOTE} is damaged .* delete it"):
-        trackers(tmp_path, 0, Notebook([]))
+    for damaged in ("{", "[]", '{"mlflow": {}}', '{"mlflow": 3}', '{"wandb": {"run": "id", "step": null}}'):
+        (tmp_path / NOTE).write_text(damaged)
+        with pytest.raises(BadInput, match=rf"{NOTE} is damaged .* delete it"):
+            trackers(tmp_path, 0, Notebook([]))
 
 
 def test_which_trackers_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +353,9 @@ def test_a_run_on_a_real_mlflow_server_that_goes_away_and_comes_back(
     server: Server, untracked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
+    variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_HTTP")}
     train(run, track="mlflow", stop_after=1)
+    assert variables == {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_HTTP")}
     other.mkdir()
     with Trackers(Run(other), resolve("vit-12"), 0, connect("mlflow")) as sending:
         server.stop()

@@ -1,8 +1,11 @@
 """The live page: what is served while a run goes on, when it is done, and where."""
 
+import errno
 import json
 import os
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -15,16 +18,18 @@ from typing import Any
 import pytest
 from run_folders import begin, digits, finish
 
-from vitrail import report, watch
+from vitrail import report, session, watch
+from vitrail.cache import Dataset
 from vitrail.cli import main
 from vitrail.errors import BadInput
 from vitrail.progress import TrainingDisplay
+from vitrail.training import train
 
 
 @contextmanager
-def served(watched: watch.Watched) -> Iterator[int]:
+def served(watched: watch.Watched, host: str = "127.0.0.1") -> Iterator[int]:
     """The port at which it is served meanwhile."""
-    with watch.listen(watched, "127.0.0.1", 0) as server:
+    with watch.listen(watched, host, 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield int(server.server_address[1])
@@ -32,11 +37,11 @@ def served(watched: watch.Watched) -> Iterator[int]:
             server.shutdown()
 
 
-def get(port: int, path: str) -> tuple[int, str]:
+def get(port: int, path: str, host: str = "127.0.0.1", **headers: str) -> tuple[int, str]:
     """The status and the text of an answer."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=30)  # urllib would ask a proxy
+    connection = HTTPConnection(host, port, timeout=30)  # urllib would ask a proxy
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         assert answer.headers["Cache-Control"] == "no-store"
         return answer.status, answer.read().decode()
@@ -80,6 +85,17 @@ def test_the_page_of_a_run_that_is_done_is_the_one_that_was_written(tmp_path: Pa
     assert 'id="calibration"' not in watched.page()
 
 
+def test_the_page_of_a_run_that_is_done_is_made_where_it_is_not_there(tmp_path: Path) -> None:
+    run, dataset = finish(tmp_path / "run", digits()), digits()
+    page = watch.Watched(run, dataset).page()
+    written = report.write_report(run, dataset).read_text("utf-8")
+
+    def parts(html: str) -> str:
+        return html[html.index("<main") : html.index("</main>")]
+
+    assert parts(page) == parts(written)
+
+
 def test_how_far_it_is(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
     watched = watch.Watched(run, None)
@@ -96,6 +112,25 @@ def test_how_far_it_is(tmp_path: Path) -> None:
         assert watched.state()["words"] == f"{told} · last heard of 1 min 30 s ago"
     assert not noted.exists()
     assert [path for path in run.iterdir() if path.name.startswith(".")] == []
+    for damaged in ("{", "[]", "{}", '{"words": "step 1/2", "share": null}'):
+        noted.write_text(damaged)
+        assert watched.state()["words"] == "not training now"
+
+
+def test_it_trains_until_its_page_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, told = report.write_report, list[str]()
+
+    def look(run: Path, dataset: Dataset | None) -> Path:
+        told.append(watch.Watched(run, None).state()["words"])
+        return write(run, dataset)
+
+    monkeypatch.setattr(session, "write_report", look)
+    run = train("digits", output=tmp_path / "run", stop_after=1, image_size=8, hidden_size=16, mlp_dim=16, num_layers=1,
+                num_heads=1, batch_size=256).run  # fmt: skip
+    assert told[0] == "not training now"  # before the first step
+    assert len(told) > 1
+    assert all(words.startswith("step ") for words in told[1:])
+    assert watch.Watched(run, None).state()["words"] == "done"
 
 
 def test_served(tmp_path: Path) -> None:
@@ -111,6 +146,112 @@ def test_served(tmp_path: Path) -> None:
         status, text = get(port, "/")
         assert status == 503
         assert "no run folder" in text
+
+
+def test_served_to_this_machine_only(tmp_path: Path) -> None:
+    watched = watch.Watched(begin(tmp_path / "run"), None)
+    with served(watched) as port:
+        for name in (f"localhost:{port}", "LOCALHOST", "127.0.0.1", f"127.0.0.1:{port}", "[::1]", f"[::1]:{port}"):
+            assert get(port, "/", Host=name) == (200, watched.page())
+        # Names of somebody else's that were made to lead here, so that this page could be read by theirs.
+        for name in ("example.org", f"example.org:{port}", "localhost.example.org", "127.0.0.1.example.org", "::1", ""):
+            for path in ("/", "/state"):
+                status, text = get(port, path, Host=name)
+                assert (status, text) == (403, watch.ELSEWHERE)
+    handler = watch.answering(watched, None)  # as it is at 0.0.0.0
+    with watch.Server(socket.AF_INET, ("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        assert get(server.server_address[1], "/state", Host="example.org")[0] == 200
+        server.shutdown()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as tried:
+            tried.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_ipv6(tmp_path: Path) -> None:
+    watched = watch.Watched(begin(tmp_path / "run"), None)
+    with served(watched, "::1") as port:
+        assert get(port, "/", "::1") == (200, watched.page())
+        assert get(port, "/", "::1", Host="example.org")[0] == 403
+
+
+def test_where_it_is_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "box")
+    assert watch.where("127.0.0.1", 8500) == "http://127.0.0.1:8500/"
+    assert watch.where("fe80::2", 8500) == "http://[fe80::2]:8500/"
+    assert watch.where("0.0.0.0", 8500) == "http://127.0.0.1:8500/  or, from elsewhere,  http://box:8500/"
+    assert watch.where("::", 80) == "http://[::1]:80/  or, from elsewhere,  http://box:80/"
+
+
+def test_a_browser_that_goes_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    watched = watch.Watched(begin(tmp_path / "run"), None)
+    asked, gone = threading.Event(), threading.Event()
+
+    def late() -> str:
+        asked.set()
+        gone.wait(30)
+        return " " * 10_000_000
+
+    monkeypatch.setattr(watched, "page", late)
+    with served(watched) as port:
+        for request in (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET / "):  # the second is not even asked
+            with socket.create_connection(("127.0.0.1", port)) as browser:
+                browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ended, not closed
+                browser.sendall(request)
+                assert asked.wait(30)
+        gone.set()
+        assert get(port, "/state")[0] == 200
+        for thread in threading.enumerate():
+            if "process_request" in thread.name:
+                thread.join(30)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = begin(tmp_path / "run")
+    watched = watch.Watched(run, None)
+    with served(watched) as port:
+        for damaged, what in (("{", "is damaged"), ('{"launches": [1]}', "damaged: TypeError(")):
+            (run / "environment.json").write_text(damaged)
+            status, text = get(port, "/")
+            assert status == 503
+            assert what in text
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("host", "why"), [("a..b", "there is no host a..b; 127"), ("192.0.2.1", "at 192.0.2.1 [(]")])
+def test_a_host_that_is_not_here(tmp_path: Path, host: str, why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        watch.listen(watch.Watched(begin(tmp_path / "run"), None), host, 8500)
+
+
+def test_ports_that_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    bind, watched = watch.Server.server_bind, watch.Watched(begin(tmp_path / "run"), None)
+
+    def refuse(server: watch.Server) -> None:
+        if server.server_address[1] < 1024 + allowed:
+            raise OSError(errno.EACCES, "Permission denied")
+        server.server_address = ("127.0.0.1", 0)
+        bind(server)
+
+    monkeypatch.setattr(watch.Server, "server_bind", refuse)
+    allowed = 0
+    with watch.listen(watched, "127.0.0.1", 1022):
+        assert capsys.readouterr().err == "port 1022 is refused; taking 1024\n"
+    allowed = 20
+    with pytest.raises(BadInput, match=r"port 1022 and the 19 after it: .*Permission denied"):
+        watch.listen(watched, "127.0.0.1", 1022)
 
 
 def test_no_run(tmp_path: Path) -> None:
@@ -140,7 +281,8 @@ def test_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             assert main(["watch", str(run), "--port", str(taken)]) == 0  # Ctrl-C is how it ends
         finally:
             signal.signal(signal.SIGINT, before)
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert out == f"{run}\n"
     assert "without pictures" in said
     assert f"port {taken} is taken; taking {ports[0]}" in said
     assert f"look at  http://127.0.0.1:{ports[0]}/" in said

@@ -132,7 +132,7 @@ def load(data: str, image_size: int, *, holdout: float = 0.0) -> Dataset:
 
 
 def load_for_evaluation(
-    data: str, image_size: int, classes: tuple[str, ...], *, own: str = "", holdout: float = 0.0
+    data: str, image_size: int, classes: tuple[str, ...], *, own: str = "", holdout: float = 0.0, others: bool = False
 ) -> tuple[str, str, Images]:
     """What a model that tells `classes` apart is measured on when it is handed a data set, decoded, cached as by
     `load`. Nothing need be there to train on, and not every class need have images.
@@ -146,7 +146,8 @@ def load_for_evaluation(
         The name of the data set, that of the split, and the images, whose labels are indices into `classes`.
 
     Raises:
-        BadInput: there is no such data set, or it has images of other classes; unreadable images are named.
+        BadInput: there is no such data set, or it has images of other classes; unreadable images are named. With
+            `others`, these are labelled -1.
         OSError: the cache cannot be written.
     """
     cached = _cached(data, image_size, to_train=False)
@@ -156,7 +157,7 @@ def load_for_evaluation(
         dataset, whole = as_trained, False
     split = "all" if whole else dataset.evaluation
     images = _together(cached) if whole else dataset.splits[split]
-    return dataset.name, split, _relabelled(data, images, cached, classes)
+    return dataset.name, split, _relabelled(data, images, cached, classes, others)
 
 
 def _cached(data: str, image_size: int, to_train: bool) -> _Cached:
@@ -190,11 +191,11 @@ def _together(cached: _Cached) -> Images:
     )
 
 
-def _relabelled(data: str, images: Images, cached: _Cached, classes: tuple[str, ...]) -> Images:
-    """The images with their labels as indices into `classes`.
+def _relabelled(data: str, images: Images, cached: _Cached, classes: tuple[str, ...], others: bool) -> Images:
+    """The images with their labels as indices into `classes`, -1 if of none of them.
 
     Raises:
-        BadInput: some are of none of them.
+        BadInput: some are of none of them, and `others` may not be.
     """
     place = {name: label for label, name in enumerate(classes)}
     label_of = [
@@ -204,7 +205,7 @@ def _relabelled(data: str, images: Images, cached: _Cached, classes: tuple[str, 
         for readable, folder in zip(cached.dataset.classes, cached.folders, strict=True)
     ]
     unknown = [cached.folders[label] for label in np.unique(images.labels) if label_of[label] < 0]
-    if unknown:
+    if unknown and not others:
         theirs, ours = (", ".join(names[:5]) + " …" * (len(names) > 5) for names in (unknown, classes))
         raise BadInput(
             f"{data} has images of {theirs}, which are none of the {len(classes)} classes that the model tells apart "

@@ -8,6 +8,10 @@ predictions.safetensors      what those say of each image of the evaluated split
 model/config.json            shape, class names, preprocessing    enough to use the weights beside it
 model/model.safetensors
 last/state.safetensors       all that resuming needs
+progress.json                how far it is, for who watches       while it trains
+report.html                  all of it as a page                  at each checkpoint, and at the end
+results.png                  all of it in one picture             at the end
+tracked.json                 its id and last step, by tracker     where it is sent to one
 """
 
 import contextlib
@@ -105,8 +109,7 @@ def read_about(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="np") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
-            return about
+            return json.loads((file.metadata() or {})["about"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise BadInput(f"{path} is damaged: {error}.") from None
 
@@ -121,15 +124,13 @@ class Run:
     def create(cls, wanted: Path) -> "Run":
         """A new folder: `wanted`, or, where that exists, `wanted-2`, `wanted-3` and so on."""
         wanted.parent.mkdir(parents=True, exist_ok=True)
-        number = 1
+        path, number = wanted, 1
         while True:
-            path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            except FileExistsError:
-                number += 1
-            else:
                 return cls(path)
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
@@ -202,8 +203,7 @@ class Run:
         """
         path = self.path / "environment.json"
         try:
-            launches: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["launches"]
-            return launches
+            return json.loads(path.read_text(encoding="utf-8"))["launches"]
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -215,16 +215,16 @@ class Run:
             lines.write(json.dumps(metrics) + "\n")
 
     def go_back(self, step: int) -> None:
-        """Drop what is of work behind a step, which was lost and is done again: lines of `metrics.jsonl`, figures of
-        later weights, and files that were being written when the run was killed.
+        """Drop what is of work behind a step, which was lost and is done again: lines of `metrics.jsonl`, figures and
+        picture of later weights, and files that were being written when the run was killed.
 
         Raises:
             BadInput: `metrics.jsonl` is damaged.
         """
-        for name in ("results.json", "predictions.safetensors", "reconstructions.safetensors"):
-            (self.path / name).unlink(missing_ok=True)
-        for partial in [path for path in self.path.rglob(".*") if path.is_file()]:
-            partial.unlink()
+        later = ("results.json", "results.png", "progress.json", "predictions.safetensors",
+                 "reconstructions.safetensors")  # fmt: skip
+        for path in [*map(self.path.joinpath, later), *filter(Path.is_file, self.path.rglob(".*"))]:
+            path.unlink(missing_ok=True)
         path = self.path / "metrics.jsonl"
         if path.is_file():
             try:

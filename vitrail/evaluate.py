@@ -220,18 +220,20 @@ def own_images(run: Run) -> str:
     raise BadInput(f"{run.path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
-def judged_images(run: Run, data: str | None, image_size: int, classes: tuple[str, ...]) -> tuple[str, str, Images]:
+def judged_images(
+    run: Run, data: str | None, image_size: int, classes: tuple[str, ...], *, others: bool = False
+) -> tuple[str, str, Images]:
     """The split that a run was judged by, or that it is to be judged by now, of `data`: the name of the data set and of
     the split, and the images, as `evaluate_run` takes them.
 
     Raises:
-        BadInput: the data cannot be used, or has classes that the run does not know.
+        BadInput: the data cannot be used, or has classes that the run does not know; with `others`, `data` may have.
     """
     holdout = run.recipe().recipe.holdout if run.trained else 0.0
     if data is not None:
         state = run.path / "last" / "state.safetensors"
         own = read_about(state)["images"] if state.is_file() else ""
-        return cache.load_for_evaluation(data, image_size, classes, own=own, holdout=holdout)
+        return cache.load_for_evaluation(data, image_size, classes, own=own, holdout=holdout, others=others)
     dataset = cache.load(own_images(run), image_size, holdout=holdout)
     if dataset.classes != classes:
         raise BadInput(f"{dataset.name} no longer has the {len(classes)} classes that {run.path} was trained on.")

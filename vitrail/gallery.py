@@ -35,7 +35,7 @@ PAIRS_BESIDE = 8  # and beside one
 MISTAKES = 16
 RIGHTEST = 8
 EXAMPLES = 3  # pictures beside each confused pair
-LOOKING = 3e12  # floating-point operations that looking at where the model looked may take: some 20 s of two cores
+MOST_FLOPS = 3e12  # floating-point operations that looking at where the model looked may take: some 20 s of two cores
 LIT = 144  # side of an image with light on it, about, in pixels
 
 
@@ -99,7 +99,7 @@ def looked(run: Path, images: Images, chosen: Sequence[int]) -> dict[int, NDArra
         if not isinstance(model, VisionTransformer):
             return {}
         weights = sum(weight.numel() for weight in model.parameters())
-        at_once = LOOKING / (2 * weights * model.config.num_tokens)
+        at_once = MOST_FLOPS / (2 * weights * model.config.num_tokens)
         chosen = list(dict.fromkeys(chosen))[: max(int(at_once), 1)]
         seen = squares([images.image(i) for i in chosen], model.config.image_size)
         maps = attended(model, seen, mean, std)

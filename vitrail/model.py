@@ -283,22 +283,24 @@ class VisionTransformer(nn.Module):
         Raises:
             BadInput: there is no such layer, or the images are of another shape than the model's.
         """
-        return dict(self.each_attention(images, layers))
+        each = self.each_block(images, layers)
+        return {n: block.attention.weights(block.attention_norm(z), rotation) for n, block, z, rotation in each}
 
-    def each_attention(
+    def each_block(
         self, images: Float[Tensor, "B channels height width"], layers: Collection[int] | None = None
-    ) -> Iterator[tuple[int, Float[Tensor, "B H T T"]]]:
-        """The same, layer after layer: whoever keeps none has those of one layer in memory."""
+    ) -> Iterator[tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"], Rotation | None]]:
+        """The blocks of these layers one by one, and what enters each. Nothing behind the last of them is computed."""
         wanted = set(range(len(self.blocks)) if layers is None else layers)
         if missing := wanted - set(range(len(self.blocks))):
             raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")
-        tokens = self.embed(images)
+        tokens, last = self.embed(images), max(wanted, default=-1)
         rotation = rotary_positions(self.config, tokens)
-        for layer, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+        for layer, block in enumerate(self.blocks[: last + 1]):
             if layer in wanted:
                 assert isinstance(block, TransformerEncoderBlock)  # for the type checker: a ModuleList forgets
-                yield layer, block.attention.weights(block.attention_norm(tokens), rotation)
-            tokens = block(tokens, rotation=rotation)
+                yield layer, block, tokens, rotation
+            if layer < last:
+                tokens = block(tokens, rotation=rotation)
 
     @torch.no_grad()
     def resize(self, image_size: int) -> None:

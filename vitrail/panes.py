@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from vitrail.pictures import PIXELATED, Thumbnail
+from vitrail.pictures import PIXELATED, Thumbnail, fitted
 
 SHADOW = 0.36  # of an image's own light is left where no attention falls
 GLOW = np.array((255, 190, 80), np.float32)  # falls on what is dark where most does, so that it shows on black too
@@ -25,11 +25,11 @@ LINE = 22  # height of a line of text on a picture to be shared, in pixels
 
 
 def enlarge(pixels: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "_h _w 3"]:
-    """An image with a longer side of `side`. Small images stay the squares that they are: their pixels are repeated, as
-    often as comes nearest to that."""
+    """An image with a longer side of `side`. Small images that are not made smaller stay the squares that they are:
+    their pixels are repeated, as often as comes nearest to that."""
     longest = max(pixels.shape[:2])
-    if longest <= PIXELATED:
-        times = max(round(side / longest), 1)
+    if longest <= min(PIXELATED, side):
+        times = round(side / longest)
         return pixels.repeat(times, axis=0).repeat(times, axis=1)
     size = [max(round(length * side / longest), 1) for length in pixels.shape[1::-1]]
     return np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.LANCZOS))
@@ -100,9 +100,8 @@ def side_by_side(panes: Sequence[tuple[UInt8[np.ndarray, "s s 3"], str]], lead: 
     glass = window([pane for pane, _ in panes], len(panes), lead)
     picture = Image.new("RGB", (glass.shape[1], glass.shape[0] + LINE + lead), LEAD)
     picture.paste(Image.fromarray(glass))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    pen = ImageDraw.Draw(picture)
     for place, (_, words) in enumerate(panes):
-        while font.getlength(words) > side and len(words) > 1:
-            words = words[:-2] + "…"
-        pen.text((lead + place * (side + lead), glass.shape[0]), words, (250, 249, 246), font)
+        line, font = fitted(words, 15, side)
+        pen.text((lead + place * (side + lead), glass.shape[0]), line, (250, 249, 246), font)
     return picture

@@ -1,4 +1,5 @@
-"""Geometry, pixels and words of the report: axes, curves, thumbnails, how figures are written. The template draws them.
+"""Geometry, pixels and words of the report: axes, curves, thumbnails, how figures are written, and how words are fitted
+into pictures. The template draws the charts.
 
 Positions are percentages of the plot (x from its left edge, y from its top), so that a page can stretch a plot to
 any width while its text keeps its size.
@@ -15,13 +16,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFont
 
 PLOT_HEIGHT = 220  # of a full plot, in CSS pixels
 LABEL_HEIGHT = 17  # of one line of text beside it
 PIXELATED = 32  # images up to this side are shown as the squares that they are, not smoothed
 EXACT = 64  # images up to this side are embedded losslessly, larger ones as JPEG
 THUMBNAIL = 144  # longer side of the latter, in pixels
+EMBEDDED = re.compile(r"[ -~±·…]*")  # what the font that comes with Pillow can write
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf")
 LOSSES = {  # by objective, what is minimised
     "classes": "cross-entropy, nats",
     "patches": "cross-entropy of 512 colours, nats",
@@ -45,7 +48,7 @@ class Series:
     kind: str  # the CSS classes that colour it
     x: Sequence[float]
     values: Sequence[float | None]
-    between: tuple[Sequence[float], Sequence[float]] | None = None  # the lowest and highest of what it is the mean of
+    between: tuple[Sequence[float], Sequence[float]] | None = None  # what the area around it lies between
     called: str = ""  # what it is called under the pointer, if not by its name
 
 
@@ -69,7 +72,7 @@ class Curve:
     name: str
     kind: str
     path: str
-    area: str  # around it, if it is a mean
+    area: str  # beside or around it: up to another curve, or all that it is the mean of
     dotted: bool  # few enough points to show each
     label: Tick
 
@@ -180,7 +183,7 @@ def chart(
 def _area(
     series: Series, across: Callable[[float], float], down: Callable[[float | None], float | None]
 ) -> str:  # fmt: skip
-    """The outline of what lies between the lowest and the highest."""
+    """The outline of the area of a curve."""
     if series.between is None:
         return ""
     there, back = series.between
@@ -231,6 +234,26 @@ def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnail:
     data = base64.b64encode(file.getvalue()).decode()
     kind = "png" if small else "jpeg"
     return Thumbnail(f"data:image/{kind};base64,{data}", *picture.size, pixelated=max(picture.size) <= PIXELATED)
+
+
+def font_for(words: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that comes with Pillow, or, for what that cannot write, one of the system's, where there is one."""
+    for name in () if EMBEDDED.fullmatch(words) else FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def fitted(words: str, size: int, room: float) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """A line of text, cut off where it would take more than `room` pixels, and the font that it is for."""
+    font = font_for(words, size)
+    if font.getlength(words) > room:
+        while words and font.getlength(words + "…") > room:
+            words = words[:-1]
+        words = words.rstrip() + "…"
+    return words, font
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vitrail.checkpoint import Run
@@ -61,7 +62,7 @@ def read(run: Path) -> Record:
     config = _parsed(run / "model" / "config.json", json.loads)
     results = _parsed(run / "results.json", json.loads)
     predictions, reconstructions = (
-        load_file(path) if results and path.is_file() else None
+        _arrays(path) if results and path.is_file() else None
         for path in (run / "predictions.safetensors", run / "reconstructions.safetensors")
     )
     return Record(
@@ -76,6 +77,13 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
         raise BadInput(f"{path} is damaged: {error}") from None
 
 

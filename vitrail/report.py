@@ -1,6 +1,7 @@
 """A run folder → one page, report.html, that needs nothing but itself: no network, no other file.
 
-The figures are computed here by pure functions, drawn in `pictures.py`, and laid out in `templates/report.html`.
+What is on it comes from `scores.py`, `curves.py`, `gallery.py` and `views.py`, is drawn by `pictures.py`, and laid out
+in `templates/report.html`.
 """
 
 import dataclasses
@@ -24,11 +25,9 @@ from vitrail.record import LAUNCH, Record, read
 from vitrail.scores import wilson
 from vitrail.settings import Recipe
 from vitrail.snapshot import write_snapshot
-from vitrail.views import reconstructed, samples, tiles
+from vitrail.views import SEEN, VIEWS, reconstructed, samples, tiles
 
-SEEN = 4  # training images that are shown with what augmentation makes of them,
-VIEWS = 5  # views of each,
-SEEN_LIMIT = 300_000  # and characters that these take at most
+SEEN_LIMIT = 300_000  # characters that training images, and what augmentation makes of them, take at most
 
 
 def write_report(run: Path, dataset: Dataset | None) -> Path:

@@ -135,8 +135,8 @@ class Session:
                     self.train_epoch(epoch, display, stopped)
                     if progress.counted:  # where a batch holds more images than there are, some epochs have no step
                         judgement = self.end_epoch(epoch, display, trackers, last=epoch + 1 == last_epoch)
-            self.save(page=False)  # which is written with the figures
-            result = self.finish(judgement if judgement is not None else self.evaluate())
+                self.save(page=False)  # which is written with the figures
+                result = self.finish(judgement if judgement is not None else self.evaluate())
             trackers.results(result.results, progress.step)
             return result
 

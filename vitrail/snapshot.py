@@ -1,9 +1,11 @@
 """A run in one picture, results.png, to be shown where a page cannot be: in a chat, on a slide.
 
-Lengths are pixels of the picture; everything is drawn twice as large and then reduced, for smooth edges.
+Lengths are pixels of the picture; everything is drawn twice as large and then reduced, for smooth edges. The colours
+are those of the page in the light.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +13,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vitrail import __version__
 from vitrail.checkpoint import write
-from vitrail.pictures import LOSSES, PIXELATED, Chart, figures, number, percent
+from vitrail.pictures import LOSSES, PIXELATED, Chart, figures, fitted, number, percent
 from vitrail.progress import duration
 from vitrail.record import LAUNCH, Record
 from vitrail.scores import wilson
 
 WIDTH, HEIGHT, FINE = 1600, 900, 2
 MARGIN, COLUMN = 60, 640  # where the left column begins, and the right one
-PAPER, CARD, INK, SOFT, RULE, LEAD = "#faf9f6", "#ffffff", "#1b1d25", "#5a5f6e", "#dedad1", "#23252d"
+PAPER, INK, SOFT, RULE, LEAD = "#faf9f6", "#1b1d25", "#5a5f6e", "#dedad1", "#23252d"
 KINDS = {"held": "#2348b0", "train": "#a4570a", "plain": SOFT}
 WRONG, RIGHT = "#a81e38", "#17694a"
 GLASS = ("#27489c", "#c9952c", "#8fb7d9", "#a3243b", "#2f7d62", "#e3c77b", "#3d6bc4", "#6b3f83", "#c4d7dc", "#b5522b")
-EMBEDDED = re.compile(r"[ -~±·…]*")  # what the font that comes with Pillow can write
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf")
 SIDE, SEAM, BETWEEN = 111, 2, 24  # of the images in the row below, between those of one, and between them
 
 
@@ -40,15 +40,11 @@ class Canvas:
 
     def write(
         self, x: float, y: float, words: str, size: int, colour: str = INK, *, anchor: str = "ls",
-        room: float | None = None,
+        room: float = math.inf,
     ) -> float:  # fmt: skip
         """A line of text, cut off where it would take more than `room`; returns how wide it is. `anchor` as Pillow has
         it: `ls` begins at x, `rs` ends there, and y is the base line of both."""
-        font = font_for(words, size * FINE)
-        if room is not None and font.getlength(words) > room * FINE:
-            while words and font.getlength(words + "…") > room * FINE:
-                words = words[:-1]
-            words = words.rstrip() + "…"
+        words, font = fitted(words, size * FINE, room * FINE)
         self.pen.text((x * FINE, y * FINE), words, colour, font, anchor=anchor)
         return font.getlength(words) / FINE
 
@@ -74,16 +70,6 @@ class Canvas:
         square = Image.fromarray(pixels[top : top + side, left : left + side])
         how = Image.Resampling.NEAREST if side <= PIXELATED else Image.Resampling.LANCZOS
         self.picture.paste(square.resize((SIDE * FINE, SIDE * FINE), how), (round(x * FINE), round(y * FINE)))
-
-
-def font_for(words: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow, or, for what that cannot write, one of the system's, where there is one."""
-    for name in () if EMBEDDED.fullmatch(words) else FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
 
 
 def write_snapshot(path: Path, record: Record, told: dict[str, Any] | None, charts: Sequence[Chart]) -> None:

@@ -30,11 +30,10 @@ from vitrail.progress import say
 from vitrail.recipes import Resolved
 from vitrail.settings import Recipe
 from vitrail.trackers import Tracker, answering, first_line
-from vitrail.views import samples, sheet
+from vitrail.views import SEEN, VIEWS, samples, sheet
 
 NOTE = "tracked.json"  # of a run folder: by tracker, the id of the run there, and the last step that it has taken
 AGAIN = 60.0  # seconds before a tracker that did not answer is asked again
-SEEN, VIEWS = 4, 5  # training images on the sheet, and views of each
 LOOKED_AT, SIDE, GAP = 8, 96, 4  # judged images that attention is drawn of, and the side of each, in pixels
 
 
@@ -54,6 +53,7 @@ class Trackers:
     def __init__(self, run: Run, resolved: Resolved, step: int, tracker: Tracker | None) -> None:
         self.run, self.tracker = run, tracker
         self.waiting: deque[dict[str, float]] = deque()  # metrics that the tracker has still to take
+        self.told: tuple[dict[str, Any], int] | None = None  # and results with their step, if they are there
         self.sent = -1  # the last step that it has taken
         self.answers, self.ask_at = True, 0.0
         if tracker is not None:
@@ -61,7 +61,8 @@ class Trackers:
         self.events = SummaryWriter(str(run.path), purge_step=step + 1)
 
     def _begin(self, tracker: Tracker, resolved: Resolved) -> None:
-        known = self._noted().get(tracker.name, {"run": None})
+        self.noted = self._noted()
+        known = self.noted.get(tracker.name, {"run": None})
         begun_with = {"from": resolved.weights} if resolved.weights is not None else {}
         settings = {"recipe": resolved.name, **begun_with, **asdict(resolved.recipe)}
         with answering(tracker):
@@ -77,16 +78,18 @@ class Trackers:
     def _noted(self) -> dict[str, dict[str, Any]]:
         path = self.run.path / NOTE
         try:
-            noted: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-            return noted
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(noted, dict) or not all(map(_names_a_run, noted.values())):
+                raise ValueError("it does not name runs and their last steps")
         except FileNotFoundError:
             return {}
         except ValueError as error:
             raise BadInput(f"{path} is damaged ({error}); delete it, and the run is sent anew.") from None
+        return noted
 
     def _note(self, tracker: Tracker) -> None:
-        noted = self._noted() | {tracker.name: {"run": self.id, "step": self.sent}}
-        write_text(self.run.path / NOTE, json.dumps(noted, indent=2) + "\n")
+        self.noted[tracker.name] = {"run": self.id, "step": self.sent}
+        write_text(self.run.path / NOTE, json.dumps(self.noted, indent=2) + "\n")
 
     def scalars(self, metrics: dict[str, float], step: int) -> None:
         """Figures of the weights behind a step, the last thing to be said of it."""
@@ -98,8 +101,8 @@ class Trackers:
             self._send()
 
     def _send(self) -> None:
-        """Send the metrics that wait; where the tracker does not answer, they go on waiting."""
-        if self.tracker is None or not self.waiting or time.monotonic() < self.ask_at:
+        """Send what waits; where the tracker does not answer, it goes on waiting."""
+        if self.tracker is None or not (self.waiting or self.told) or time.monotonic() < self.ask_at:
             return
         with self._patient(self.tracker):
             while self.waiting:
@@ -107,28 +110,31 @@ class Trackers:
                 self.tracker.scalars(self.waiting[0], step)
                 self.waiting.popleft()
                 self.sent = step
+            if self.told is not None:
+                self.tracker.results(*self.told)
+                self.told = None
             self.answers = True
-        self._note(self.tracker)
+        with contextlib.suppress(OSError):  # where no space is left, that is said when something has to be saved
+            self._note(self.tracker)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """A picture (height, width, 3) of what is behind a step, before the figures of it."""
         self.events.add_image(name, pixels, step, dataformats="HWC")
+        self._send()  # figures of earlier steps, which wandb would drop behind the picture of this one
         if self.tracker is not None and step > self.sent and time.monotonic() >= self.ask_at:
             with self._patient(self.tracker):
                 self.tracker.picture(name, pixels, step)
 
     def results(self, results: dict[str, Any], step: int) -> None:
-        """What `results.json` has, but for what is said of each class."""
-        if self.tracker is not None:
-            with self._patient(self.tracker):
-                self.tracker.results({k: v for k, v in results.items() if k != "per_class"}, step)
+        """What `results.json` has, but for what is said of each class. It is sent last of all."""
+        self.told = {k: v for k, v in results.items() if k != "per_class"}, step
 
     @contextlib.contextmanager
     def _patient(self, tracker: Tracker) -> Iterator[None]:
         """The block is of what training does not depend on."""
         try:
             yield
-        except (tracker.failure, OSError) as error:
+        except Exception as error:  # there is no knowing what a library raises
             if self.answers:
                 why = first_line(error)
                 say(f"{tracker.name} does not answer; the run goes on, and its figures are sent when it does: {why}")
@@ -140,17 +146,25 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.events.close()
-        if self.tracker is None:
-            return
+        if self.tracker is not None:
+            self._end(self.tracker, error)
+        # Where no space is left, what ended the run says more.
+        with contextlib.suppress(*[OSError] * (error is not None)):
+            self.events.close()
+
+    def _end(self, tracker: Tracker, error: BaseException | None) -> None:
         self.ask_at = 0.0
         self._send()
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        with self._patient(self.tracker):
-            self.tracker.close("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
-        if self.waiting:
-            again = f"--resume --track {self.tracker.name}"
-            say(f"{self.tracker.name} did not take {len(self.waiting)} of the epochs; {again} sends them")
+        with self._patient(tracker):
+            tracker.close("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+        to_send = (f"{len(self.waiting)} of the epochs", self.waiting), ("the results", self.told)
+        if lacks := [what for what, waits in to_send if waits]:
+            say(f"{tracker.name} did not take {' and '.join(lacks)}; --resume --track {tracker.name} sends them")
+
+
+def _names_a_run(noted: Any) -> bool:
+    return isinstance(noted, dict) and isinstance(noted.get("run"), str) and isinstance(noted.get("step"), int)
 
 
 def training_images(dataset: Dataset, recipe: Recipe) -> NDArray[np.uint8]:

@@ -21,10 +21,9 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]  # as MLflow calls them
 
 @runtime_checkable  # types of arguments are checked in tests
 class Tracker(Protocol):
-    """A service that keeps figures of runs. Where it does not answer, its methods raise its `failure`, or OSError."""
+    """A service that keeps figures of runs. Where it does not answer, its methods raise whatever its library does."""
 
     name: Tracking
-    failure: type[Exception]
 
     def connect(self) -> None:
         """See to it that it answers, and knows the user."""
@@ -55,7 +54,6 @@ class Wandb:
         import wandb
 
         self.library = wandb
-        self.failure: type[Exception] = wandb.Error
 
     def connect(self) -> None:
         """See to it that it knows the user; on a terminal it asks."""
@@ -88,6 +86,20 @@ class Wandb:
         self.run.finish(exit_code=0 if status == "FINISHED" else 1)
 
 
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """MLflow gives up soon. By itself it tries for four minutes, in which nothing is trained; that can be set in the
+    environment alone, which is the caller's, and so is put back."""
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    ours = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
 class Mlflow:
     """MLflow. `MLFLOW_TRACKING_URI` says where it is (a file, `mlflow.db`, if it does not) and `MLFLOW_EXPERIMENT_NAME`
     in which experiment, `vitrail` if it does not."""
@@ -95,14 +107,11 @@ class Mlflow:
     name: Tracking = "mlflow"
 
     def __init__(self) -> None:
-        # By itself it tries for four minutes, in which nothing is trained.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
 
         self.library = mlflow
-        self.failure: type[Exception] = mlflow.MlflowException
 
+    @_impatient()
     def connect(self) -> None:
         """Find the experiment, or make it."""
         self.client = self.library.MlflowClient()
@@ -110,6 +119,7 @@ class Mlflow:
         found = self.client.get_experiment_by_name(name)
         self.experiment = found.experiment_id if found else self.client.create_experiment(name)
 
+    @_impatient()
     def begin(self, run: Path, settings: dict[str, Any], known: str | None) -> str:
         """Begin, or go on, unless that run is another server's or was deleted, and say where."""
         there = self._find(known) if known else None
@@ -128,21 +138,24 @@ class Mlflow:
     def _find(self, known: str) -> Any:
         try:
             there = self.client.get_run(known).info
-        except self.failure as error:
+        except self.library.MlflowException as error:
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
         return there if there.lifecycle_stage == "active" else None
 
+    @_impatient()
     def scalars(self, metrics: dict[str, float], step: int) -> None:
         """All with one request."""
         now, metric = int(time.time() * 1000), self.library.entities.Metric
         self.client.log_batch(self.id, [metric(name, float(value), now, step) for name, value in metrics.items()])
 
+    @_impatient()
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """As one of a row that its page lets one step through."""
         self.client.log_image(self.id, pixels, key=name, step=step)
 
+    @_impatient()
     def results(self, results: dict[str, Any], step: int) -> None:
         """Numbers as metrics, words as tags."""
         told = {f"results/{name}": value for name, value in results.items()}
@@ -151,6 +164,7 @@ class Mlflow:
         for name, value in words.items():
             self.client.set_tag(self.id, name, value)
 
+    @_impatient()
     def close(self, status: Status) -> None:
         """Say how it ended."""
         with contextlib.redirect_stdout(io.StringIO()):  # it says there where the run is to be seen, as `begin` did
@@ -188,7 +202,7 @@ def answering(tracker: Tracker) -> Iterator[None]:
     """
     try:
         yield
-    except (tracker.failure, OSError, ImportError) as error:  # the last of parts that a slim build leaves out
+    except Exception as error:  # there is no knowing what a library raises
         mend = {
             "wandb": "`wandb login` says who you are; WANDB_MODE=offline keeps all in the run folder.",
             "mlflow": "MLFLOW_TRACKING_URI says where its server is.",

@@ -176,8 +176,10 @@ def take_explain(parser: Parser, argv: Sequence[str]) -> None:
     eight = "a file that Pillow reads (eight of the images that the run is judged by)"
     parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help=eight)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where page and pictures go (RUN/explain)")
-    spoken = "show what speaks for this class (for the one that the model predicts)"
-    parser.add_argument("--class", dest="spoken", metavar="NAME", help=spoken)
+    target = "show what speaks for this class (for the one that the model predicts)"
+    parser.add_argument("--class", dest="target", metavar="NAME", help=target)
+    resized = "have it see images of this size (of that which it was made for)"
+    parser.add_argument("--image-size", type=at_least_one, metavar="N", help=resized)
     add_data(parser)
 
 
@@ -185,7 +187,10 @@ def do_explain(args: argparse.Namespace) -> str:
     """Write a page, and pictures to share, of what a model looks at."""
     from vitrail.explainpage import explain_run
 
-    return str(explain_run(args.run, args.images, args.output, args.spoken, args.data))
+    page = explain_run(
+        args.run, args.images, args.output, target=args.target, data=args.data, image_size=args.image_size
+    )
+    return str(page)
 
 
 def take_report(parser: Parser, argv: Sequence[str]) -> None:
@@ -216,7 +221,7 @@ def do_watch(args: argparse.Namespace) -> str:
     from vitrail.watch import watch
 
     watch(args.run, images_to_show(args.run, args.data), args.host, args.port)
-    return str(args.run / "report.html")
+    return str(args.run)
 
 
 def images_to_show(path: Path, data: str | None) -> "Dataset | None":

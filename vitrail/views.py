@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vitrail.batches import Pixels, TrainingBatches
 from vitrail.cache import Images
-from vitrail.pictures import Thumbnail, percent, thumbnail
+from vitrail.pictures import Thumbnail, fitted, percent, thumbnail
 from vitrail.settings import Recipe
 
+SEEN, VIEWS = 4, 5  # training images that a run shows beside its figures, and views of each
 SIDE, WIDEST = 128, 160  # of an image on the sheet, in pixels: about, for images are enlarged by whole numbers
 GAP = 8
 LINE = 16  # height of a line of text
@@ -112,12 +113,8 @@ def sheet(title: str, rows: Sequence[Sample], classes: Sequence[str]) -> Image.I
     pen = ImageDraw.Draw(picture)
 
     def write(left: int, upper: int, text: str, room: int, colour: str = INK) -> None:
-        font = ImageFont.load_default(13)
-        if font.getlength(text) > room:
-            while text and font.getlength(text + "…") > room:
-                text = text[:-1]
-            text += "…"
-        pen.text((left, upper), text, colour, font)
+        line, font = fitted(text, 13, room)
+        pen.text((left, upper), line, colour, font)
 
     write(GAP, GAP, title, picture.width - 2 * GAP)
     write(GAP, GAP + LINE, "as it is", side, SOFT)
