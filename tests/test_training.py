@@ -30,6 +30,7 @@ from vitrail.evaluate import evaluate_run, predict_files
 from vitrail.floor import faster_precision
 from vitrail.model import VisionTransformer
 from vitrail.recipes import RECIPES, resolve
+from vitrail.resume import alone
 from vitrail.session import Result
 from vitrail.training import build_model
 
@@ -574,3 +575,14 @@ def test_the_default_recipe_reads_digits(tmp_path: Path) -> None:
     results = vitrail.train(output=tmp_path / "run").results
     assert results["recipe"] == "digits"
     assert results["top1"] >= 0.97
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vitrail.train("digits", stop_after=1, **TINY)
+    run = Run(Path("runs/digits"))
+    with alone(run):
+        for output in (run.path, None):
+            with pytest.raises(BadInput, match=r"is being trained by another process|there is no run in runs/"):
+                vitrail.train(output=output, resume=True)
+    assert vitrail.train(resume=True).results["epochs"] == TINY["epochs"]

@@ -33,6 +33,7 @@ MARK = "vitrail explain"  # by which pages and pictures of ours are known,
 OURS = re.compile(r".+\.(png|html)(\.\d+)?")  # and by their names; the numbered are what a killed call left
 SHOWN = 8  # images of a data set
 MOST = 64  # images on a page
+NAMED = 12  # classes that a message names
 GUESSES = 3  # classes that are named for an image
 SIDE, SMALL, SHARED = 224, 64, 448  # of an image on the page, lit by one head, and on a picture to be shared: pixels
 SIMILARITIES = 480  # and of the similarities of positions, about
@@ -217,7 +218,8 @@ def class_of(explained: Explained, name: str) -> int:
     if not explained.told:
         raise BadInput(f"{explained.name} has learnt no classes; leave out --class {name}.")
     if name not in explained.classes:
-        raise BadInput(f"the model has no class {name!r}{nearest(name, explained.classes)}")
+        some = f" It has {', '.join(explained.classes[:NAMED])}{' …' * (len(explained.classes) > NAMED)}."
+        raise BadInput(f"the model has no class {name!r}{nearest(name, explained.classes)}{some}")
     return explained.classes.index(name)
 
 
@@ -321,7 +323,7 @@ def _distances(distances: NDArray[np.float32]) -> dict[str, Any]:
     def across(layer: int) -> float:
         return 100 * (layer - 0.5) / layers
 
-    step = math.ceil(layers / 12)
+    step = math.ceil(layers / 8)
     return {
         "x": [Tick(across(layer), f"{layer}") for layer in range(1, layers + 1, step)],
         "y": [Tick(100 - 100 * tick / up[-1], f"{tick:g}") for tick in up],

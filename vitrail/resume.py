@@ -1,6 +1,9 @@
 """Going on with a run: which one, from where, and whether it is still the same run."""
 
 import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +88,40 @@ def latest(name: str | None, *, pretrained: bool) -> Path:
     for run in (Run(state.parent.parent) for state in states):
         with contextlib.suppress(BadInput):  # damaged, or of another version: named, it says so
             of = run.recipe()
-            if name in (None, of.name) and pretrained == of.recipe.self_supervised:
+            if name in (None, of.name) and pretrained == of.recipe.self_supervised and not in_use(run):
                 runs.append(run.path)
     if not runs:
         what = f"{'pre-training ' if pretrained else ''}run{f' of {name}' if name else ''}"
         raise BadInput(f"there is no {what} in runs/; say which with --output RUN.")
     return next((path for path in reversed(runs) if not (path / "results.json").is_file()), runs[-1])
+
+
+@contextlib.contextmanager
+def alone(run: Run) -> Iterator[None]:
+    """The block has the run folder to itself: no other process trains in it.
+
+    Raises:
+        BadInput: one does.
+    """
+    folder = os.open(run.path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{run.path} is being trained by another process; vitrail watch shows it.") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def in_use(run: Run) -> bool:
+    """Whether some process trains in the run folder."""
+    try:
+        with alone(run):
+            return False
+    except BadInput:
+        return True
 
 
 def check_images(run: Run, then: Progress, now: str) -> None:

@@ -23,7 +23,7 @@ from vitrail.pretraining import Trainee, decoder_config, with_objective
 from vitrail.process import deterministic, keep_freed_memory, stop_signals
 from vitrail.recipes import PRETRAINING, Resolved, default_recipe, resolve
 from vitrail.resnet import ResNetConfig
-from vitrail.resume import Progress, check_images, compare_launches, latest, take_up
+from vitrail.resume import Progress, alone, check_images, compare_launches, latest, take_up
 from vitrail.session import Result, Session
 from vitrail.settings import Recipe, Tracking
 from vitrail.trackers import connect
@@ -88,20 +88,22 @@ def train(
         name = f"{resolved.name}-pretrained" if chosen.self_supervised else resolved.name
         run = Run.create(Path(output) if output is not None else Path("runs") / name)
         run.write_recipe(resolved)
-    else:
-        check_images(run, then := Progress(**run.load_state(model, optimizer, average.weights)), progress.images)
-        compare_launches((run.launches() or [launch])[-1], launch)
-        progress = then
-    run.note_launch({"step": progress.step, **launch})
-    if device.type == "cpu":
-        keep_freed_memory()
-    session = Session(
-        run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began, start.mean,
-        start.std, tracker,
-    )  # fmt: skip
-    session.announce()
-    with deterministic(device), stop_signals() as stopped:
-        return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
+    with alone(run):
+        if resume:
+            then = Progress(**run.load_state(model, optimizer, average.weights))
+            check_images(run, then, progress.images)
+            compare_launches((run.launches() or [launch])[-1], launch)
+            progress = then
+        run.note_launch({"step": progress.step, **launch})
+        if device.type == "cpu":
+            keep_freed_memory()
+        session = Session(
+            run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began, start.mean,
+            start.std, tracker,
+        )  # fmt: skip
+        session.announce()
+        with deterministic(device), stop_signals() as stopped:
+            return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
 
 
 def settle(resolved: Resolved, device: torch.device) -> Resolved:
