@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
@@ -59,14 +59,12 @@ def declare_operators() -> None:
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
         return
-    for library in Path(found.origin).parent.glob("_C*.so"):
+    for compiled in Path(found.origin).parent.glob("_C*.so"):
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(compiled)
         except OSError:
             for name in ("nms", "qnms"):
-                torch.library.define(
-                    f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                )
+                library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def build_timm(config: ViTConfig) -> nn.Module:

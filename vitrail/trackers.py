@@ -53,19 +53,19 @@ class Wandb:
     def __init__(self) -> None:
         import wandb
 
-        self.library = wandb
+        self.api = wandb
 
     def connect(self) -> None:
         """See to it that it knows the user; on a terminal it asks."""
-        if self.library.setup().settings.mode == "online":
-            self.library.login()
+        if self.api.setup().settings.mode == "online":
+            self.api.login()
 
     def begin(self, run: Path, settings: dict[str, Any], known: str | None) -> str:
         """Begin, or go on. A run of its own, also where a notebook has one open."""
-        self.run = self.library.init(
+        self.run = self.api.init(
             project=os.environ.get("WANDB_PROJECT", "vitrail"), name=run.resolve().name, dir=str(run), id=known,
             resume="allow" if known else None, reinit="create_new", config=settings,
-            settings=self.library.Settings(console="off"),
+            settings=self.api.Settings(console="off"),
         )  # fmt: skip
         return str(self.run.id)
 
@@ -75,7 +75,7 @@ class Wandb:
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """Committed with the figures of its step."""
-        self.run.log({name: self.library.Image(pixels)}, step=step, commit=False)
+        self.run.log({name: self.api.Image(pixels)}, step=step, commit=False)
 
     def results(self, results: dict[str, Any], step: int) -> None:
         """Into the summary."""
@@ -109,12 +109,12 @@ class Mlflow:
     def __init__(self) -> None:
         import mlflow
 
-        self.library = mlflow
+        self.api = mlflow
 
     @_impatient()
     def connect(self) -> None:
         """Find the experiment, or make it."""
-        self.client = self.library.MlflowClient()
+        self.client = self.api.MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "vitrail")
         found = self.client.get_experiment_by_name(name)
         self.experiment = found.experiment_id if found else self.client.create_experiment(name)
@@ -127,7 +127,7 @@ class Mlflow:
             self.client.update_run(there.run_id, status="RUNNING")
         else:
             there = self.client.create_run(self.experiment, run_name=run.resolve().name).info
-            of = [self.library.entities.Param(name, str(value)) for name, value in settings.items()]
+            of = [self.api.entities.Param(name, str(value)) for name, value in settings.items()]
             self.client.log_batch(there.run_id, params=of)
         where = self.client.tracking_uri
         page = f"/#/experiments/{there.experiment_id}/runs/{there.run_id}" if where.startswith("http") else ""
@@ -138,7 +138,7 @@ class Mlflow:
     def _find(self, known: str) -> Any:
         try:
             there = self.client.get_run(known).info
-        except self.library.MlflowException as error:
+        except self.api.MlflowException as error:
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
@@ -147,7 +147,7 @@ class Mlflow:
     @_impatient()
     def scalars(self, metrics: dict[str, float], step: int) -> None:
         """All with one request."""
-        now, metric = int(time.time() * 1000), self.library.entities.Metric
+        now, metric = int(time.time() * 1000), self.api.entities.Metric
         self.client.log_batch(self.id, [metric(name, float(value), now, step) for name, value in metrics.items()])
 
     @_impatient()
