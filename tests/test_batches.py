@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from vitrail.augment import draw, places, rotate
-from vitrail.batches import Pixels, Targets, TrainingBatches, evaluation_batches, generator
+from vitrail.batches import Targets, TrainingBatches, evaluation_batches, generator
 from vitrail.cache import Images
 from vitrail.errors import BadInput
+from vitrail.pixels import Pixels
 from vitrail.settings import Recipe
 
 CPU = torch.device("cpu")

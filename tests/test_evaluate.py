@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
-from vitrail.batches import Pixels
 from vitrail.cache import Images
 from vitrail.evaluate import Predictions, calibration, calibration_error, figures, predict_split
+from vitrail.pixels import Pixels
 
 CLASSES = tuple("abcdefg")
 

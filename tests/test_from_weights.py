@@ -13,12 +13,13 @@ from folders import MEAN, SMALL, STD, imported, written
 
 import vitrail
 from vitrail import cache
-from vitrail.batches import Pixels, TrainingBatches
+from vitrail.batches import TrainingBatches
 from vitrail.checkpoint import Run
 from vitrail.cli import main
 from vitrail.errors import BadInput
 from vitrail.evaluate import figures, predict_split
 from vitrail.model import VisionTransformer
+from vitrail.pixels import Pixels
 from vitrail.positions import resize_position_embedding
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
 from vitrail.runs import load as load_runs

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vitrail
 from vitrail import cache
-from vitrail.batches import Pixels, TrainingBatches, evaluation_batches, generator
+from vitrail.batches import TrainingBatches, evaluation_batches, generator
 from vitrail.checkpoint import Run, read_tensors
 from vitrail.cli import main
 from vitrail.errors import BadInput
@@ -24,6 +24,7 @@ from vitrail.evaluate import evaluate_run, predict_files
 from vitrail.exchange import export_model
 from vitrail.model import VisionTransformer
 from vitrail.optimize import parameter_groups
+from vitrail.pixels import Pixels
 from vitrail.pretraining import (
     MaskedAutoencoder,
     MaskedPatchPrediction,

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.batches import Pixels, Targets, TrainingBatches
+from vitrail.batches import Targets, TrainingBatches
 from vitrail.cache import Images
 from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
 from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer
+from vitrail.pixels import Pixels
 from vitrail.settings import Recipe
 from vitrail.step import gradient, mean_loss, train_step
 from vitrail.training import model_config

@@ -14,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from vitrail import cache, workers
-from vitrail.batches import Pixels, TrainingBatches
+from vitrail.batches import TrainingBatches
 from vitrail.cli import main
 from vitrail.errors import BadInput
+from vitrail.pixels import Pixels
 from vitrail.settings import Recipe
 from vitrail.survey import Inspection, inspect, show
 from vitrail.views import Sample, View, samples, sheet

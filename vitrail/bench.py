@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 
 from vitrail import cache
-from vitrail.batches import Pixels, Stopwatch, TrainingBatches
+from vitrail.batches import Stopwatch, TrainingBatches
 from vitrail.environment import describe
 from vitrail.errors import BadInput
 from vitrail.floor import DTYPES, bandwidth, matrix_rate, synchronise
 from vitrail.operators import profiled
 from vitrail.peers import ANGLE, MODULES, SHIFT, TOLERANCES, image_folder_loader, require_peers, same_outputs
+from vitrail.pixels import Pixels
 from vitrail.process import keep_freed_memory, resident
 from vitrail.progress import say
 from vitrail.rounds import FLOOR, OURS, SMALLEST, Case, Row, Setting, inference, interleaved, training, training_unit

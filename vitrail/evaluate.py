@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vitrail import cache
-from vitrail.batches import Pixels, evaluation_batches
+from vitrail.batches import evaluation_batches
 from vitrail.cache import Images
 from vitrail.checkpoint import Run, read_about
 from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
 from vitrail.images import BUILT_IN, Unreadable, open_image, to_pixels
+from vitrail.pixels import Pixels
 from vitrail.progress import track
 from vitrail.recipes import Resolved
 from vitrail.settings import Precision, Recipe

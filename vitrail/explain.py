@@ -16,12 +16,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitrail.batches import Pixels, evaluation_batches
+from vitrail.batches import evaluation_batches
 from vitrail.cache import Images
 from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
 from vitrail.model import PatchEmbedding
 from vitrail.passage import Passage, as_used, check_kind, parts, size_of_parts
+from vitrail.pixels import Pixels
 from vitrail.progress import track
 
 

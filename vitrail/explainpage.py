@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from vitrail import cache, explain, panes, weights
-from vitrail.batches import Pixels, evaluation_batches
+from vitrail.batches import evaluation_batches
 from vitrail.cache import Images
 from vitrail.checkpoint import Run, write, write_text
 from vitrail.config import Colours
@@ -25,6 +25,7 @@ from vitrail.formats import HEAD
 from vitrail.model import VisionTransformer
 from vitrail.passage import Passage, as_used
 from vitrail.pictures import Thumbnail, Tick, nice_ticks, percent
+from vitrail.pixels import Pixels
 from vitrail.progress import track
 from vitrail.report import fill
 from vitrail.resnet import ResNetConfig

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.additions import keep_patches, rows_of
 from vitrail.augment import normalise, send
-from vitrail.batches import Pixels, evaluation_batches, generator
+from vitrail.batches import evaluation_batches, generator
 from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
 from vitrail.evaluate import Judgement
 from vitrail.model import PatchEmbedding, TransformerEncoderBlock, VisionTransformer
 from vitrail.models import Model
+from vitrail.pixels import Pixels
 from vitrail.positions import sincos_positions
 from vitrail.progress import track
 from vitrail.settings import Recipe

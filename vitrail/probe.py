@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitrail import __version__, cache
 from vitrail.archives import cache_root
-from vitrail.batches import Pixels, evaluation_batches
+from vitrail.batches import evaluation_batches
 from vitrail.cache import Images
 from vitrail.checkpoint import Run, read_tensors, write_tensors
 from vitrail.config import Colours
@@ -32,6 +32,7 @@ from vitrail.evaluate import own_images, pick_device
 from vitrail.floor import faster_precision
 from vitrail.formats import HEAD
 from vitrail.models import Model
+from vitrail.pixels import Pixels
 from vitrail.progress import track
 from vitrail.weights import build, digest, is_run, read
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.batches import Pixels, TrainingBatches
+from vitrail.batches import TrainingBatches
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, read_about, write_tensors, write_text
 from vitrail.config import HALF, Colours
@@ -22,6 +22,7 @@ from vitrail.evaluate import Judgement, judge_classes, predict_split
 from vitrail.model import VisionTransformer
 from vitrail.models import Model
 from vitrail.optimize import RunningAverage, learning_rate
+from vitrail.pixels import Pixels
 from vitrail.pretraining import Pretraining, Trainee, judge_reconstruction
 from vitrail.process import peak_memory
 from vitrail.progress import TrainingDisplay, say

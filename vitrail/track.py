@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from vitrail.batches import Pixels
 from vitrail.cache import Dataset
 from vitrail.checkpoint import Run, write_text
 from vitrail.config import Colours
@@ -26,6 +25,7 @@ from vitrail.errors import BadInput, Stopped
 from vitrail.explain import attended
 from vitrail.model import VisionTransformer
 from vitrail.panes import enlarge, shine
+from vitrail.pixels import Pixels
 from vitrail.progress import say
 from vitrail.recipes import Resolved
 from vitrail.settings import Recipe

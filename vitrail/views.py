@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vitrail.batches import Pixels, TrainingBatches
+from vitrail.batches import TrainingBatches
 from vitrail.cache import Images
 from vitrail.pictures import Thumbnail, fitted, percent, thumbnail
+from vitrail.pixels import Pixels
 from vitrail.settings import Recipe
 
 SEEN, VIEWS = 4, 5  # training images that a run shows beside its figures, and views of each
