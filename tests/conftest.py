@@ -27,6 +27,7 @@ install_import_hook(
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["VITRAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("huggingface"))
 
 
 @pytest.fixture(scope="session", autouse=True)

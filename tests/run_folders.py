@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
-from vitrail.cache import Dataset, Images
+from vitrail.cache import Dataset, Images, Split
 from vitrail.checkpoint import Run
 from vitrail.config import ViTConfig
 from vitrail.evaluate import Predictions, figures
@@ -52,8 +52,8 @@ def noise(count: int, classes: int, side: int) -> Dataset:
 def answer(dataset: Dataset) -> Predictions:
     """What the nearest mean of a class's training images says of the evaluated split."""
 
-    def flat(split: Images) -> Any:
-        step = split.sizes[0, 0] // 8
+    def flat(split: Split) -> Any:
+        step = split.image(0).shape[0] // 8
         return np.stack([split.image(i)[::step, ::step, 0].ravel() for i in range(len(split))]) / 255
 
     train, held = dataset.splits["train"], dataset.splits[dataset.evaluation]
@@ -108,7 +108,7 @@ def finish(run: Path, dataset: Dataset, epochs: int = 3) -> Path:
 
 def add_weights(run: Path, dataset: Dataset) -> VisionTransformer:
     """Give a run weights, random ones, of a model with 4 × 4 patches."""
-    side = int(dataset.splits["train"].sizes[0, 0])
+    side = dataset.splits["train"].image(0).shape[0]
     model = VisionTransformer(
         ViTConfig(image_size=side, patch_size=side // 4, hidden_size=16, mlp_dim=16, num_heads=2, num_layers=2,
                   num_classes=len(dataset.classes))

@@ -25,6 +25,7 @@ from PIL import Image
 import vitrail
 from vitrail import cache
 from vitrail.arguments import Parser
+from vitrail.checkpoint import Run
 from vitrail.cli import main
 from vitrail.commands import COMMANDS
 from vitrail.errors import BadInput, Diverged, Stopped
@@ -422,15 +423,71 @@ def test_predict(place: Path) -> None:
     assert rows == expected
 
 
-def test_predict_names_all_files_that_are_no_images(place: Path, tmp_path: Path) -> None:
+def test_predict_names_the_files_that_are_no_images_and_answers_for_the_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (bad := tmp_path / "bad.png").write_bytes(b"no image")
-    good = place / "photos" / "red" / "0.png"
-    with pytest.raises(BadInput) as caught:
-        predict_files(place / "runs" / "digits", [bad, good, tmp_path / "gone.png"])
-    message = str(caught.value)
-    assert message.startswith(f"{bad}: ")
-    assert f"; {tmp_path / 'gone.png'}: " in message
-    assert message.endswith(". 1 of the 3 files can be read: leave the others out.")
+    good, run = place / "photos" / "red" / "0.png", place / "runs" / "digits"
+    alone = typed("predict", run, good, good)
+    capsys.readouterr()
+    for more in ([], ["--json"]):
+        assert main(["predict", *map(str, (run, bad, good, tmp_path / "bda.png", good)), *more]) == 2
+        out, err = capsys.readouterr()
+        assert out == (typed("predict", run, good, good, "--json") if more else alone)
+        assert err.startswith(f"vitrail: {bad}: it is no image")
+        gone = f"; {tmp_path / 'bda.png'}: there is no such file; did you mean 'bad.png'? "
+        assert err.endswith(f"{gone}The other 2 files could be read.\n")
+    with pytest.raises(BadInput):  # nothing is left out without a word in Python either
+        predict_files(run, [bad, good])
+    for words, says in (
+        ([place / "photos" / "red"], f"it is a folder; name the images in it: {place / 'photos' / 'red'}/*.png."),
+        ([place / "runs"], "it is a folder; name the images in it, of which there is none."),
+        ([tmp_path / "x" / "y.png"], f"there is no such file in {tmp_path / 'x'}."),
+    ):
+        assert main(["predict", str(run), *map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"vitrail: {words[0]}: {says}\n")
+
+
+def test_what_is_said_of_a_run_that_is_not_finished(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, run = place / "photos" / "red" / "0.png", place / "runs" / "my photos"
+    for words in (["evaluate", run, "--data", place / "photos"], ["predict", run, good]):
+        typed(*words)
+        said = (
+            f"{run} is not finished: it has done 1 of its 2 epochs, and these weights are those of its last checkpoint"
+        )
+        assert capsys.readouterr().err == f"{said}\n"
+    typed("predict", place / "runs" / "digits", good)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_judged_by_its_recipe_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Run] = []
+    recipe = Run.recipe
+
+    def counting(run: Run) -> Any:
+        read.append(run)
+        return recipe(run)
+
+    monkeypatch.setattr(Run, "recipe", counting)
+    typed("evaluate", place / "runs" / "digits")
+    assert len(read) == 1
+
+
+def test_a_recipe_that_would_mirror_digits_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = "mirrors images, and a mirrored digit is none: --flip none leaves that out\n"
+    for words, mirrored in (
+        (["resnet-18", "--data", "digits"], True),
+        (["vit-12", "--data", "digits", "--flip", "random"], False),
+        (["vit-12", "--data", "digits", "--flip", "none"], False),
+        (["digits"], False),
+        (["vit-12", "--data", "nowhere"], False),
+    ):
+        assert main(["train", *words, "--epochs=1", "--stop-after=2"]) == 2  # before anything is trained
+        assert (said in capsys.readouterr().err) == mirrored
 
 
 def test_report(place: Path) -> None:
@@ -451,8 +508,16 @@ def test_where_the_data_set_is_gone(
         f"vitrail: {run} was trained on photos, a path from the folder in which that was started; there is no such "
         "thing in this one. Say with --data D where the images are now.\n"
     )
+    why, before = err.removeprefix("vitrail: "), page.read_bytes()
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"vitrail: {page} has pictures that a new page would be without, and is left as it is; delete it to have one "
+        f"all the same. {why}"
+    )
+    assert page.read_bytes() == before
+    page.unlink()
     assert typed("report", run) == f"{page}\n"
-    assert capsys.readouterr().err == f"vitrail: the page will be without pictures: {err.removeprefix('vitrail: ')}"
+    assert capsys.readouterr().err == f"vitrail: the page is without pictures: {why}"
     assert "written without the data set" in page.read_text()
     assert typed("report", run, "--data", place / "photos") == f"{page}\n"
     assert "<img" in page.read_text()

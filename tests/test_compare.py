@@ -13,7 +13,9 @@ from pages import Page, assert_self_contained
 from vitrail import compare, runs
 from vitrail.checkpoint import Run
 from vitrail.cli import main
+from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
+from vitrail.model import VisionTransformer
 from vitrail.recipes import resolve
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -157,6 +159,10 @@ def test_unfinished(tmp_path: Path) -> None:
     ]
     cell = cells(*rows)[1]
     assert (cell["run"], cell["epochs"], cell["data"]) == ("`going`, not finished", "3 of 80", "digits")
+    assert cell["parameters"] == "–"  # there is no model in it
+    model = VisionTransformer(ViTConfig(16, 4, 64, 256, 4, 4, 10, classifier="gap"))
+    Run(run).save_model(model, tuple("0123456789"))
+    assert cells(*runs.load([run]))[0]["parameters"] == cells(rows[0])[0]["parameters"] == "204,874"
     assert cell["top-1"] == f"{json.loads(lines[2])['val_top1']:.3f}"
     assert len(compare.charts(rows)[0].curves) == 2
     assert len(compare.on_a_scale(rows)[1]) == 1  # it is no result that could be ranked

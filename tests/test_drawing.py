@@ -66,10 +66,21 @@ def test_a_run_is_drawn_with_its_classes_and_an_image(tmp_path: Path) -> None:
     assert main(words) == 0  # its own file gives way
 
 
+def test_a_drawing_is_called_like_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["draw", "ViT-S/32"]) == 0
+    assert capsys.readouterr().out == "ViT-S-32.svg\n"
+    assert "ViT-S/32" in Path("ViT-S-32.svg").read_text("utf-8")
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.svg").write_text("<svg/>")
     for words, says in (
         (["ViT-B16", "--output", "a.svg"], "did you mean 'ViT-B/16'?"),
+        (["ViT-B16", "--output", "a.png"], "did you mean 'ViT-B/16'?"),
+        (["vitb16"], "did you mean 'ViT-B/16'?"),
         (["ViT-B/16", "--output", "a.png"], "call it a.svg"),
         (["ViT-B/16", "--output", str(tmp_path / "mine.svg")], "was not written by this command"),
         (["ViT-B/16", "--image-size", "30", "--output", "a.svg"], "images of 30 pixels do not divide"),

@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from vitrail.cache import Images
-from vitrail.evaluate import Predictions, calibration, calibration_error, figures, predict_split
+from vitrail.calibration import calibration, calibration_error
+from vitrail.evaluate import Predictions, figures, predict_split
 from vitrail.pixels import Pixels
 
 CLASSES = tuple("abcdefg")

@@ -205,7 +205,7 @@ def test_an_imported_run_has_a_page(
 ) -> None:
     run, _ = shifted
     assert typed("report", run) == f"{run / 'report.html'}\n"
-    assert "the page will be without pictures" in capsys.readouterr().err
+    assert "the page is without pictures" in capsys.readouterr().err
     assert typed("report", run, "--data", "digits") == f"{run / 'report.html'}\n"
     assert "imported" in (run / "report.html").read_text("utf-8")
 

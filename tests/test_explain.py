@@ -151,6 +151,9 @@ def test_attention_and_what_heads_read() -> None:
         read = explain.read_by_heads(model, images)
         torch.testing.assert_close(read[1], row[..., front:].unflatten(-1, (4, 4)))
         assert read.keys() == {0, 1}
+        torch.testing.assert_close(vitrail.attention(model, images, layers=1), weights)  # a layer by itself
+        torch.testing.assert_close(explain.read_by_heads(model, images, 1), {1: read[1]})
+        assert model.attention(images, 0).keys() == {0}
         with pytest.raises(BadInput, match="the model has layers 0 to 1, and no layer -1"):
             vitrail.attention(model, images, layers=[0, -1])
         with pytest.raises(BadInput, match="layers 0 to 1, and no layer 2"):
@@ -220,6 +223,18 @@ def test_filters_are_principal_components() -> None:
         assert mine[np.abs(mine).argmax()] > 0
     assert len(found) == 10
     assert len(explain.embedding_filters(model, 100)) == (values > 1e-12).sum() == 23  # one less than filters
+
+
+def test_filters_as_images_without_colour_have_them() -> None:
+    model = model_of(SMALL)
+    found = explain.embedding_filters(model, 100, grey=True)
+    torch.testing.assert_close(found[:, :1].expand_as(found), found)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(len(found)))
+    weight = model.patch_embedding.projection.weight.detach()
+    with torch.no_grad():  # to images without colour, this embedding is the same
+        weight += 9 * torch.tensor([1.0, -2.0, 1.0])[:, None, None] * weight[:, :1].roll(1, 0)
+    torch.testing.assert_close(explain.embedding_filters(model, 100, grey=True), found, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(explain.embedding_filters(model, 3), found[:3], atol=0.1)
 
 
 def test_similarities_are_cosines() -> None:

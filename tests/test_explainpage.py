@@ -19,7 +19,8 @@ import vitrail
 from vitrail import explainpage, panes
 from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.explainpage import Look, lightest, open_model, pane_side, share
+from vitrail.explainpage import pane_side, share
+from vitrail.looks import Look, lightest, look, open_model
 from vitrail.model import VisionTransformer
 from vitrail.resnet import ResNetClassifier, ResNetConfig
 from vitrail.variants import VARIANTS
@@ -47,9 +48,12 @@ def scans(tmp_path: Path) -> list[str]:
 def test_a_run_is_explained(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'explain' / 'explain.html'}\n"
+    before = (run / "explain" / "explain.html").read_bytes()
     page = Page(run / "explain" / "explain.html")
     assert_self_contained(page)
     assert "What run looks at" in page.text
+    assert "It was made for" not in page.text
+    assert "what the filters are to images without colour" in page.text
     assert "16 × 16 pixels as 4 × 4 patches, with 2 heads of attention in each of 2 layers" in page.text
     assert "8 images of digits, test" in page.text
     assert len(page.values("img", "src")) == 8 * 4 + 3  # with heads; filters, similarities and their scale
@@ -61,18 +65,28 @@ def test_a_run_is_explained(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(6.2 <= share <= 100 for share in shares)
     pictures = sorted((run / "explain").glob("*.png"))
     assert len(pictures) == 8
+    assert main(["explain", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'explain-2' / 'explain.html'}\n"
+    assert (run / "explain" / "explain.html").read_bytes() == before
     with Image.open(pictures[0]) as picture:
-        assert picture.size == (3 * 448 + 4 * 6, 448 + 2 * 6 + 28)
+        assert picture.size == (3 * 448 + 4 * 6, 448 + 2 * 6 + 50)
 
 
-def test_images_of_ones_own_and_a_class(run: Path, scans: list[str], tmp_path: Path) -> None:
+def test_images_of_ones_own_and_a_class(
+    run: Path, scans: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "seen"
-    for _ in range(2):  # the second time in the place of the first
+    for again in (False, True):  # the second time in the place of the first
         assert main(["explain", str(run), *scans, "--class", "7", "--output", str(folder)]) == 0
+        assert (f"what an earlier call wrote in {folder} gives way" in capsys.readouterr().err) == again
         assert sorted(path.name for path in folder.iterdir()) == ["a_b-2.png", "a_b.png", "explain.html"]
     page = Page(folder / "explain.html")
     assert "2 images Where it looks" in page.text
     assert page.text.count("what speaks for 7") == 2
+    lists = re.findall(r'<dl class="guesses">(.*?)</dl>', page.html, re.DOTALL)
+    assert [len(re.findall("<dt[^>]*>7</dt>", each)) for each in lists] == [1, 1]  # with its probability
+    assert all(len(re.findall("<dt", each)) in (3, 4) for each in lists)
+    assert "the colours here are chance" in page.text
     assert main(["explain", str(run), scans[0], "--output", str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["a_b.png", "explain.html"]
 
@@ -112,7 +126,9 @@ def test_data_of_other_classes_and_images_of_another_size(
     for more in (size, 2 * size):
         words = ["--image-size", str(more)] * (more != size)
         assert main(["explain", official, scans[0], "--output", "seen", *words]) == 0
-        assert f"It sees images of {more} × {more} pixels" in Page(tmp_path / "seen" / "explain.html").text
+        text = Page(tmp_path / "seen" / "explain.html").text
+        assert f"It sees images of {more} × {more} pixels" in text
+        assert (f"made for images of {size} × {size} pixels, and sees larger ones here" in text) == (more != size)
 
 
 def test_a_model_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +154,7 @@ def test_what_cannot_be_explained_is_said(
         (["--output", scans[0]], "is a file; name a folder"),
         ([*scans, "--data", "digits"], "--data is where images are taken from if none are named"),
         ([scans[0]] * 65, "a page has room for 64 images, not for 65"),
-        (["nothing.png"], "nothing.png: No such file or directory"),
+        (["nothing.png"], "nothing.png: there is no such file in"),
     ]:
         assert main(["explain", str(run), *words]) == 2
         assert says in capsys.readouterr().err
@@ -223,10 +239,33 @@ def test_what_is_nearly_sure_is_not_rounded_to_it(run: Path, tmp_path: Path, mon
         return plain(row)
 
     monkeypatch.setattr(panes, "side_by_side", keep)
-    values = np.array([[0.1, 0.1], [0.1, 0.7]], np.float32)
-    one = Look("a.png", np.zeros((16, 16, 3), np.uint8), 3, ((3, 0.9997),), 3, values, values, values[None, None])
-    share(tmp_path, one, open_model(run))
-    assert words == ["a, is 3", "run looks here (lightest patch 70.0%, evenly 25.0%)", "for 3 (>99%)"]
+    values, other = np.array([[[1, 1], [1, 7]], [[1, 1], [1, 2]]], np.float32)
+    looked = "where run looks\nlightest patch 70.0%, 25.0% if even"
+    guesses = ((3, 0.9997), (8, 0.0002), (5, 0.0001))
+    one = Look("a.png", np.zeros((16, 16, 3), np.uint8), 3, guesses, 3, values, other, values[None, None])
+    most = "lightest patch 40.0%, 25.0% if even"
+    for seen, image, speaks in [
+        (one, "is 3, recognised (>99%)", f"3 (>99%)\n{most}"),
+        (replace(one, label=8, target=8), "is 8, mistaken for 3 (>99%)", f"8 (<1%)\n{most}"),
+        (replace(one, label=-1, gradient=other * 0), "taken for 3 (>99%)", "3 (>99%)\nno patch"),
+    ]:
+        words.clear()
+        share(tmp_path, seen, open_model(run))
+        assert words == [f"a\n{image}", looked, f"what speaks for {speaks}"]
+    share(tmp_path, replace(one, guesses=(), gradient=None), open_model(run, 32))
+    assert words[3:] == ["a\n", looked.replace("looks", "looks, at 32 pixels instead of 16")]
+
+
+def test_a_mistake_is_said_in_words(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def all_for_seven(*given: Any) -> Any:
+        looks, distances = look(*given)
+        return [replace(one, guesses=((7, 0.6), (1, 0.3)), target=7) for one in looks], distances
+
+    monkeypatch.setattr(explainpage, "look", all_for_seven)
+    page = Page(explainpage.explain_run(run, [], tmp_path / "seen"))
+    said = re.findall(r"is (\d)(?: ?, mistaken for (\d))?", page.text)
+    assert len(said) == 8
+    assert all(taken == ("" if label == "7" else "7") for label, taken in said)
 
 
 def test_light_falls_where_the_map_is_high() -> None:
@@ -241,8 +280,23 @@ def test_light_falls_where_the_map_is_high() -> None:
         assert others > 0 or grey == 0  # dimmed, not hidden
         assert np.unravel_index(lit.argmax(), lit.shape) in [(y, x) for y in range(8, 16) for x in range(16, 24)]
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    flat = panes.light(np.full((2, 2), 0.7, np.float32), 8, 8)
-    assert flat.min() == flat.max() == 1
+    dim = [panes.light(np.full((2, 2), each, np.float32), 8, 8) for each in (0, 0.7)]
+    assert [(flat.min(), flat.max()) for flat in dim] == [(0, 0), (0.5, 0.5)]
+
+
+def test_light_goes_as_far_apart_as_the_map() -> None:
+    image, values = np.full((32, 32, 3), 128, np.uint8), np.full((4, 4), 1.0, np.float32)
+    apart = []
+    for most in (1.0, 1.05, 2.0, 4.0, 1000.0):
+        values[1, 2] = most
+        found = panes.light(values, 4, 4)
+        assert found.mean(where=values == 1).item() == pytest.approx(1 / most / 2, abs=1e-6)
+        assert found[1, 2] == pytest.approx(1 - 1 / most / 2)
+        lit = panes.shine(image, values).astype(int).sum(2)
+        apart.append(lit.max() - lit.min())
+    assert apart == sorted(apart)
+    assert apart[0] == 0
+    assert apart[1] < 0.1 * apart[-1]
 
 
 def test_colours_of_numbers() -> None:

@@ -19,7 +19,7 @@ from vitrail.cli import main
 from vitrail.errors import BadInput
 from vitrail.evaluate import figures, predict_split
 from vitrail.model import VisionTransformer
-from vitrail.pixels import Pixels
+from vitrail.pixels import pixels_of
 from vitrail.positions import resize_position_embedding
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
 from vitrail.runs import load as load_runs
@@ -52,7 +52,7 @@ def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def test_fine_tuning_at_a_larger_size_beats_evaluating_there_without(trained: Path, tuned: Result) -> None:
     digits = cache.load("digits", 24)
-    pixels = Pixels(digits.splits["test"], 24, torch.device("cpu"))
+    pixels = pixels_of(digits.splits["test"], 24, torch.device("cpu"))
     without = figures(predict_split(vitrail.load(trained, image_size=24), pixels), digits.classes)
     assert tuned.results["top1"] > without.top1 + 0.05
 
@@ -138,7 +138,7 @@ def test_what_other_libraries_do_otherwise_is_kept_in_training_and_after(foreign
 def test_training_images_are_normalised_as_the_weights_want() -> None:
     digits = cache.load("digits", 16)
     recipe = resolve("digits", rotate=0.0).recipe
-    pixels = Pixels(digits.splits["train"], 16, torch.device("cpu"))
+    pixels = pixels_of(digits.splits["train"], 16, torch.device("cpu"))
     (ours, _), (theirs, _) = (
         next(TrainingBatches(pixels, recipe, *normal).parts(0)) for normal in ((), (MEAN, STD))
     )  # fmt: skip

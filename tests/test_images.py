@@ -247,7 +247,7 @@ def test_folders_that_are_no_data_set(files: tuple[str, ...], message: str, tmp_
     [
         ("digit", "did you mean 'digits'"),
         ("tiny-imagenet-200", "did you mean 'tiny-imagenet'"),
-        ("hf:cifar10", "It can be digits, tiny-imagenet, cifar-10, cifar-100, a folder"),
+        ("photos", r"It can be digits, tiny-imagenet, cifar-10, cifar-100, a folder, an archive .*, or hf:NAME"),
         ("", "no data set, folder or archive ''"),
         ("nowhere/at/all", "no data set, folder or archive 'nowhere/at/all'"),
     ],

@@ -16,7 +16,7 @@ import vitrail
 from vitrail import explain, passage
 from vitrail.cache import Images
 from vitrail.config import HALF, ViTConfig
-from vitrail.explainpage import Explained, look
+from vitrail.looks import Explained, look
 from vitrail.model import Attention, TransformerEncoderBlock, VisionTransformer
 
 
@@ -79,7 +79,7 @@ class OnlyOnCPU(TorchFunctionMode):
 
 
 def test_no_float64_on_the_device() -> None:
-    explained = Explained("vit", model_of(SMALL), ("a", "b", "c"), HALF, HALF, told=True)
+    explained = Explained("vit", model_of(SMALL), ("a", "b", "c"), HALF, HALF, told=True, made_for=16)
     pictures = Images.pack([np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)], ["x"])
     with OnlyOnCPU():
         look(explained, pictures, None)

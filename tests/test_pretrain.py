@@ -24,7 +24,7 @@ from vitrail.evaluate import evaluate_run, predict_files
 from vitrail.exchange import export_model
 from vitrail.model import VisionTransformer
 from vitrail.optimize import parameter_groups
-from vitrail.pixels import Pixels
+from vitrail.pixels import Pixels, pixels_of
 from vitrail.pretraining import (
     MaskedAutoencoder,
     MaskedPatchPrediction,
@@ -67,7 +67,7 @@ def trainee(recipe: Recipe) -> Any:
 @pytest.fixture(scope="module")
 def scans() -> Pixels:
     """The digits that are not trained on."""
-    return Pixels(cache.load("digits", 16).splits["test"], 16, torch.device("cpu"))
+    return pixels_of(cache.load("digits", 16).splits["test"], 16, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_parts_of_a_batch_add_up(objective: Objective) -> None:
     for parts in (1, 3):
         recipe = small(objective, batch_size=12, accumulate=parts, first_size=8, first_share=0.5, epochs=2)
         model = trainee(recipe)
-        train = Pixels(cache.load("digits", 16).splits["train"], 16, torch.device("cpu"))
+        train = pixels_of(cache.load("digits", 16).splits["train"], 16, torch.device("cpu"))
         for step in (0, 200):  # of small images, and of large ones
             loss, correct = gradient(model, TrainingBatches(train, recipe), step)
             assert correct == 0
@@ -232,7 +232,7 @@ def test_parts_of_a_batch_add_up(objective: Objective) -> None:
 def test_less_memory_and_bf16_have_the_same_gradient(
     objective: Objective, settings: dict[str, Any], tolerance: float
 ) -> None:
-    train = Pixels(cache.load("digits", 16).splits["train"], 16, torch.device("cpu"))
+    train = pixels_of(cache.load("digits", 16).splits["train"], 16, torch.device("cpu"))
     found = []
     for more in ({}, settings):
         model = trainee(recipe := small(objective, batch_size=16, **more))

@@ -16,9 +16,9 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 TYPED = [line.partition("#")[0].strip() for _, block in BLOCKS for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("line", [line for line in TYPED if line.startswith("vitrail ")])
+@pytest.mark.parametrize("line", [line for line in TYPED if line.startswith(("vitrail ", "torchrun "))])
 def test_commands_are_understood(line: str) -> None:
-    _, name, *words = shlex.split(line)
+    _, name, *words = shlex.split(line[line.index("vitrail ") :])
     parser = Parser(f"vitrail {name}", "", ())
     COMMANDS[name].take(parser, words)
     parser.read(words)

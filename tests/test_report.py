@@ -137,6 +137,12 @@ def test_the_wrong_picture_is_not_shown(tmp_path: Path) -> None:
     sure = pictures.percent(confidence[worst], 0)
     assert f"said digit {said[worst]} {sure} is digit {split.labels[worst]}" in page.text
     shuffled = replace(dataset, splits={**dataset.splits, "test": split.take(np.arange(len(split))[::-1])})
+    before = {name: (run / name).read_bytes() for name in ("report.html", "results.png")}
+    for data, why in ((shuffled, "the data set is no longer the one that was scored"), (None, "photos are gone")):
+        with pytest.raises(BadInput, match=f"report.html has pictures that a new page would be without.*{why}"):
+            report.write_report(run, data, why)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    (run / "report.html").unlink()
     page = Page(report.write_report(run, shuffled))
     assert page.values("img", "src") == []
     assert "the data set is no longer the one that was scored" in page.text
@@ -186,11 +192,13 @@ def test_what_the_model_saw(tmp_path: Path) -> None:
 
 def test_what_the_model_saw_is_not_of_other_images(tmp_path: Path) -> None:
     dataset, run = digits(), begin(tmp_path / "run")
-    for images, there in ((dataset.digest(), True), (digits(9).digest(), False)):
+    for images, there in ((digits(9).digest(), False), (dataset.digest(), True)):
         write_tensors(run / "last" / "state.safetensors", {"x": torch.zeros(1)}, {"images": images, "step": 3})
         page = Page(report.write_report(run, dataset))
         assert ("What the model saw" in page.text) == there
         assert bool(page.values("img", "src")) == there
+    with pytest.raises(BadInput, match=r"left as it is.* The data set is another than the run was trained on\."):
+        report.write_report(run, digits(9))
 
 
 def test_what_the_model_saw_is_small(tmp_path: Path) -> None:
@@ -218,6 +226,7 @@ def test_running(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_after_it_was_done(tmp_path: Path) -> None:
     run = finish(tmp_path / "run", digits())
     assert "epochs so far" not in Page(report.write_report(run, digits())).text
+    (run / "report.html").unlink()  # which has pictures
     (run / "results.json").unlink()  # as resuming does
     for left in (True, False):
         text = Page(report.write_report(run, None)).text
@@ -391,6 +400,10 @@ def test_a_run_in_one_picture(tmp_path: Path) -> None:
         for pixels, at in ((image["pixels"], left), (image["light"], left + side + snapshot.SEAM)):
             drawn, meant = picture[674 : 674 + side, at : at + side], Image.fromarray(pixels).resize((side, side))
             assert np.corrcoef(drawn.ravel(), np.asarray(meant).ravel())[0, 1] > 0.9
+    words = "chosen, not typical: where it was surest and right, and surest and wrong"
+    assert snapshot.how_chosen(read(run), told) == f"{words} ({told['mistaken']} of 360 are)"
+    beside = picture[635:660, 580:1300]  # it is written beside what they are
+    assert (np.abs(beside - ImageColor.getrgb(snapshot.SOFT)).max(2) < 40).sum() > 500
     for colour in ("#2348b0", "#a4570a"):  # both curves, in both plots
         is_it = (picture == ImageColor.getrgb(colour)).all(2)
         assert is_it[180:560, 700:1000].any()

@@ -16,6 +16,7 @@ from vitrail.errors import BadInput
 from vitrail.model import VisionTransformer
 from vitrail.optimize import build_optimizer
 from vitrail.pixels import Pixels
+from vitrail.progress import counted
 from vitrail.settings import Recipe
 from vitrail.step import gradient, mean_loss, train_step
 from vitrail.training import model_config
@@ -114,7 +115,10 @@ def test_where_memory_runs_out_the_step_is_done_in_parts(
     torch.testing.assert_close(dict(again.named_parameters()), dict(model.named_parameters()), atol=1e-5, rtol=1e-4)
     assert divided.divided_by == parts
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == f"out of memory: each batch is now worked through in {parts} parts of {12 // parts} images"
+    assert (
+        said[-1]
+        == f"out of memory: each batch is now worked through in {parts} parts of {counted(12 // parts, 'image')}"
+    )
 
 
 def test_each_weight_is_trained_at_its_own_rate() -> None:

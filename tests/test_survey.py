@@ -17,7 +17,7 @@ from vitrail import cache, workers
 from vitrail.batches import TrainingBatches
 from vitrail.cli import main
 from vitrail.errors import BadInput
-from vitrail.pixels import Pixels
+from vitrail.pixels import pixels_of
 from vitrail.settings import Recipe
 from vitrail.survey import Inspection, inspect, show
 from vitrail.views import Sample, View, samples, sheet
@@ -137,7 +137,7 @@ def test_views_are_those_of_training_and_stay_with_their_image() -> None:
         for now, then in pairwise(row.views):
             np.testing.assert_array_equal(now.pixels, then.pixels[:, ::-1])
     first = cache.load("digits", 16).splits["train"]
-    order = TrainingBatches(Pixels(first, 16, torch.device("cpu")), PLAIN).order(0)
+    order = TrainingBatches(pixels_of(first, 16, torch.device("cpu")), PLAIN).order(0)
     assert [row.name for row in shown()] == [first.names[i] for i in order[:4]]  # those that training begins with
 
 
@@ -217,7 +217,8 @@ def test_augmented_as_it_is_typed(
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert (out.splitlines()[0], err) == ("digits-augmented.png", "")
-    assert "digits by the recipe digits, seed 0: image_size 16, rotate 15, crop 1" in out
+    assert "8 views of each (--recipe and --image-size choose others). digits at 16 × 16 pixels by the" in out
+    assert "by the recipe digits, seed 0: rotate 15, crop 1" in out
     first = Path("digits-augmented.png").read_bytes()
     assert main(words) == 0  # it gives way to itself, and is the same
     assert Path("digits-augmented.png").read_bytes() == first

@@ -21,6 +21,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 import vitrail
 from vitrail import cache, session, track, training
@@ -171,9 +172,9 @@ def forgetting(after: int) -> Callable[..., None]:
     """A `Run.save_state` that saves nothing behind that step."""
     save = Run.save_state
 
-    def save_early(self: Run, model: Any, optimizer: Any, average: Any, progress: dict[str, Any]) -> None:
+    def save_early(self: Run, state: dict[str, Tensor], progress: dict[str, Any]) -> None:
         if progress["step"] <= after:
-            save(self, model, optimizer, average, progress)
+            save(self, state, progress)
 
     return save_early
 

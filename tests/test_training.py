@@ -409,7 +409,7 @@ def test_what_is_trained_is_said_at_the_start(tmp_path: Path, capfd: pytest.Capt
     assert f"going on with {run} at step 23 of 68" in capfd.readouterr().err
     photos = save_photos(tmp_path / "photos", {"red": 0, "blue": 2}, 6)
     train(tmp_path / "few", data=str(photos), image_size=16, batch_size=64, epochs=2)
-    assert "a batch of 64 is more than the 10 images there are: 2 epochs are 1 steps" in capfd.readouterr().err
+    assert "a batch of 64 is more than the 10 images there are: 1 step in 2 epochs" in capfd.readouterr().err
 
 
 def test_other_threads_are_said_to_give_other_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

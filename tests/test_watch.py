@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from run_folders import begin, digits, finish
 
-from vitrail import report, session, watch
+from vitrail import books, report, watch
 from vitrail.cache import Dataset
 from vitrail.cli import main
 from vitrail.errors import BadInput
@@ -79,7 +79,11 @@ def test_the_page_of_a_run_that_is_done_is_the_one_that_was_written(tmp_path: Pa
     assert watched.page() is page  # until the page is written too
     written = report.write_report(run, dataset)
     assert watched.page() == watch.live(written.read_text("utf-8"), watched.seen)
-    assert watched.state() == {"page": watched.seen, "words": "done", "share": 1.0}
+    assert watched.state() == {"page": watched.seen, "words": "stopped after 3 of 80 epochs", "share": 3 / 80}
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"epochs_planned": 3}))
+    written.touch()
+    assert watched.state()["words"] == "done"
     assert 'id="calibration"' in watch.Watched(run, None).page()
     (run / "results.json").unlink()  # as resuming does
     assert 'id="calibration"' not in watched.page()
@@ -124,13 +128,28 @@ def test_it_trains_until_its_page_is_there(tmp_path: Path, monkeypatch: pytest.M
         told.append(watch.Watched(run, None).state()["words"])
         return write(run, dataset)
 
-    monkeypatch.setattr(session, "write_report", look)
+    monkeypatch.setattr(books, "write_report", look)
     run = train("digits", output=tmp_path / "run", stop_after=1, image_size=8, hidden_size=16, mlp_dim=16, num_layers=1,
                 num_heads=1, batch_size=256).run  # fmt: skip
     assert told[0] == "not training now"  # before the first step
     assert len(told) > 1
     assert all(words.startswith("step ") for words in told[1:])
-    assert watch.Watched(run, None).state()["words"] == "done"
+    state = watch.Watched(run, None).state()
+    assert (state["words"], state["share"]) == ("stopped after 1 of 80 epochs", 1 / 80)
+
+
+def test_that_there_are_no_pictures_is_said_where_it_is_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda *_, **__: None)
+    run, why = finish(tmp_path / "run", digits()), "photos are gone."
+    for dataset in (None, digits()):
+        report.write_report(run, dataset)
+        watch.watch(run, None, why, "127.0.0.1", 8500)
+        said = f"vitrail: the page is without pictures: {why}\n"
+        assert (said in capsys.readouterr().err) == (dataset is None)
+    watch.watch(begin(tmp_path / "begun"), None, why, "127.0.0.1", 8500)
+    assert f"without pictures while the run goes on: {why}" in capsys.readouterr().err
 
 
 def test_served(tmp_path: Path) -> None:

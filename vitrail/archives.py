@@ -174,7 +174,7 @@ class Zip:
         return self._archive.read(info)
 
     def fingerprint(self) -> str:
-        return _archive_fingerprint(self.path)
+        return archive_fingerprint(self.path)
 
 
 class Tar:
@@ -257,7 +257,7 @@ class Tar:
         return content
 
     def fingerprint(self) -> str:
-        return _archive_fingerprint(self.path)
+        return archive_fingerprint(self.path)
 
 
 def _gunzip(file: IO[bytes]) -> IO[bytes]:
@@ -290,7 +290,8 @@ def _is_litter(name: str) -> bool:
     return any(_is_litter(part) for part in name.split("/"))
 
 
-def _archive_fingerprint(path: Path) -> str:
+def archive_fingerprint(path: Path) -> str:
+    """The fingerprint of one large file, as of `Storage`."""
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
         start = file.read(1 << 20)

@@ -94,9 +94,10 @@ class Draws(Rows):
 
 
 def send(drawn: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the processor's on a device, without waiting for what the device still has to do: CUDA copies from
-    pinned memory behind that, and from other memory only after it."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+    """A tensor on a device; one of the processor's gets there without waiting for what the device still has to do: CUDA
+    copies from pinned memory behind that, and from other memory only after it."""
+    to_send = device.type == "cuda" and drawn.device.type == "cpu"
+    return drawn.pin_memory().to(device, non_blocking=True) if to_send else drawn.to(device)
 
 
 # Drawing. Everything is drawn, used or not, so that no setting moves another's numbers; what is new is drawn last.

@@ -22,6 +22,7 @@ from vitrail.config import HALF, Colours
 from vitrail.errors import BadInput
 from vitrail.pixels import Pixels
 from vitrail.settings import Recipe
+from vitrail.world import ALONE, World
 
 Stream = Literal["order", "augmentation", "dropout", "directions", "masks", "judged masks"]
 STREAMS: dict[Stream, int] = {
@@ -92,13 +93,17 @@ class TrainingBatches:
     takes those from s·B/R to (s + 1)·B/R, each R times: an epoch is still as many images as there are, now some of them
     R times, and all have been seen after R epochs. DeiT counts so too, but has the copies on as many GPUs.
 
-    Images are normalised by `mean` and `std`, of pixels from 0 to 1.
+    Images are normalised by `mean` and `std`, of pixels from 0 to 1. Of each batch, the processes of a `world` make
+    equal parts; the whole does not depend on how many they are.
     """
 
-    def __init__(self, pixels: Pixels, recipe: Recipe, mean: Colours = HALF, std: Colours = HALF) -> None:
+    def __init__(
+        self, pixels: Pixels, recipe: Recipe, mean: Colours = HALF, std: Colours = HALF, world: World = ALONE
+    ) -> None:
         self.pixels = pixels
         self.recipe = recipe
         self.mean, self.std = mean, std
+        self.world = world
         self.divided_by = recipe.accumulate
         self.watch = Stopwatch(pixels.device)  # of what making batches takes
         self.permutation = lru_cache(maxsize=2)(self._permutation)
@@ -143,8 +148,14 @@ class TrainingBatches:
         """Divide each batch into more parts from now on, as few more as make equal parts.
 
         Raises:
-            BadInput: the parts are single images already, or single pairs where pairs are mixed.
+            BadInput: the parts are single images already, or single pairs where pairs are mixed; or other processes
+                are in the middle of the same batch.
         """
+        if self.world.size > 1:
+            raise BadInput(
+                f"the memory of process {self.world.rank}'s device does not hold its part of a batch; "
+                f"set --accumulate {2 * self.divided_by}, or --checkpoint-activations."
+            )
         least = 2 if self.recipe.mixes else 1  # images of a part
         most = self.recipe.batch_size // least
         if self.divided_by == most:
@@ -163,16 +174,31 @@ class TrainingBatches:
             return recipe.first_size
         return self.pixels.size
 
+    def rows(self) -> list[slice]:
+        """The rows of each batch that this process works through, in `divided_by` equal parts."""
+        mine = self.world.rows(self.recipe.batch_size)
+        size = (mine.stop - mine.start) // self.divided_by
+        return [slice(start, start + size) for start in range(mine.start, mine.stop, size)]
+
+    def read_ahead(self, step: int) -> None:
+        """Have the images of the step, and of as many later ones as that is of use for, fetched or decoded ahead."""
+        if not self.pixels.ahead:
+            return
+        rows = self.rows()
+        of_step = sum(part.stop - part.start for part in rows)
+        steps = range(step, min(step + 1 + -(-self.pixels.ahead // of_step), self.steps))
+        self.pixels.read_ahead([self.order(s)[part] for s in steps for part in rows])
+
     def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Targets]]:
-        """Normalised images of the step's batch and what they show, in `divided_by` equal parts."""
+        """Normalised images of the step's batch and what they show, in the parts that `rows` says."""
         with self.watch.running():
+            self.read_ahead(step)
             index = self.order(step)
             draws = draw(self.recipe, len(index), generator(self.recipe.seed, "augmentation", step))
             if self.recipe.flip == "alternate":
                 draws = replace(draws, mirrored=self.directions(step))
-        size, side = len(index) // self.divided_by, self.size(step)
-        for start in range(0, len(index), size):
-            rows = slice(start, start + size)
+        side = self.size(step)
+        for rows in self.rows():
             with self.watch.running():
                 images, targets = self.make(index[rows], draws.part(rows))
                 if side != self.pixels.size:
@@ -181,9 +207,9 @@ class TrainingBatches:
 
     def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Targets]:
         """Those images, on the device, augmented and normalised, and what they show."""
-        index, draws = send(index, self.pixels.device), draws.to(self.pixels.device)
-        images = self.pixels.cut(index, draws.window, places(draws, self.pixels.size, self.recipe))
-        labels = self.pixels.labels[index]
+        window, draws = draws.window, draws.to(self.pixels.device)
+        images = self.pixels.cut(index, window, places(draws, self.pixels.size, self.recipe))
+        labels = self.pixels.labels[send(index, self.pixels.device)]
         if draws.mix is None:
             targets = Targets(labels, labels, torch.ones(len(labels), device=labels.device))
         else:
@@ -192,16 +218,20 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    pixels: Pixels, batch_size: int, mean: Colours = HALF, std: Colours = HALF
+    pixels: Pixels, batch_size: int, mean: Colours = HALF, std: Colours = HALF, world: World = ALONE
 ) -> Iterator[tuple[Float[Tensor, "B 3 S S"], Int[Tensor, " b"]]]:
     """Every image once, in order, its centre cut out, normalised by `mean` and `std`. The last batch is filled up with
-    its last image, for a compiled model wants one shape; its labels are as many as the images that count."""
-    batch_size = min(batch_size, len(pixels))
-    for start in range(0, len(pixels), batch_size):
-        index = torch.arange(start, start + batch_size, device=pixels.device).clamp(max=len(pixels) - 1)
-        centre = torch.full((batch_size, 2), 0.5, device=pixels.device)
+    its last image, for a compiled model wants one shape; its labels are as many as the images that count. In a `world`
+    of several processes, each gets its share, which may repeat the last image."""
+    share = torch.from_numpy(world.share(len(pixels)))
+    batch_size = min(batch_size, len(share))
+    centre = torch.full((batch_size, 2), 0.5)
+    for start in range(0, len(share), batch_size):
+        if pixels.ahead:
+            pixels.read_ahead(share[start : start + batch_size + pixels.ahead].split(batch_size))
+        index = share[torch.arange(start, start + batch_size).clamp(max=len(share) - 1)]
         images = renormalise(normalise(pixels.cut(index, centre)), mean, std)
-        yield images, pixels.labels[index[: len(pixels) - start]]
+        yield images, pixels.labels[send(index[: len(share) - start], pixels.device)]
 
 
 def renormalise(images: Float[Tensor, "B 3 S S"], mean: Colours, std: Colours) -> Float[Tensor, "B 3 S S"]:

@@ -28,7 +28,7 @@ from vitrail.errors import BadInput
 from vitrail.floor import DTYPES, bandwidth, matrix_rate, synchronise
 from vitrail.operators import profiled
 from vitrail.peers import ANGLE, MODULES, SHIFT, TOLERANCES, image_folder_loader, require_peers, same_outputs
-from vitrail.pixels import Pixels
+from vitrail.pixels import pixels_of
 from vitrail.process import keep_freed_memory, resident
 from vitrail.progress import say
 from vitrail.rounds import FLOOR, OURS, SMALLEST, Case, Row, Setting, inference, interleaved, training, training_unit
@@ -120,7 +120,7 @@ def our_input(data: Path, rotate: bool, device: torch.device) -> Callable[[], in
     """One batch, as training makes it."""
     augmentation: dict[str, Any] = {"rotate": float(ANGLE)} if rotate else {"crop": SHIFT}
     recipe = Recipe(data=str(data), image_size=INPUT_SIZE, flip="random", batch_size=INPUT_BATCH, **augmentation)
-    pixels = Pixels(cache.load(recipe.data, INPUT_SIZE).splits["train"], INPUT_SIZE, device)
+    pixels = pixels_of(cache.load(recipe.data, INPUT_SIZE).splits["train"], INPUT_SIZE, device)
     batches, steps = TrainingBatches(pixels, recipe), itertools.count()
     batches.watch = Stopwatch(torch.device("cpu"))  # on CUDA it would keep the events of every batch until it is read
     return lambda: sum(len(images) for images, _ in batches.parts(next(steps)))

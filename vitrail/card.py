@@ -7,7 +7,7 @@ from typing import Any
 from vitrail import __version__
 from vitrail.config import HALF
 from vitrail.formats import Imported
-from vitrail.progress import duration
+from vitrail.progress import counted, duration
 
 SHOWN = 20  # classes that are named
 LOADED = {
@@ -75,11 +75,12 @@ def _model(model: Imported) -> str:
     named = ", ".join(f"`{name}`" for name in classes[:SHOWN]) + " …" * (len(classes) > SHOWN)
     return (
         "A Vision Transformer ([2010.11929](https://arxiv.org/abs/2010.11929)): "
-        f"{config.num_layers} layers of {config.hidden_size}, MLP {config.mlp_dim}, {config.num_heads} heads, "
+        f"{counted(config.num_layers, 'layer')} of {config.hidden_size}, MLP {config.mlp_dim}, "
+        f"{counted(config.num_heads, 'head')}, "
         f"patches of {config.patch_size} × {config.patch_size}, images of {config.image_size} × {config.image_size}; "
         f"{parameters:,} parameters. The head reads {reads}; {gelu}, LayerNorm with an epsilon of "
         f"{config.layer_norm_eps:g}. Exported by Vitrail {__version__}.\n\n"
-        f"{len(classes):,} classes: {named}"
+        f"{counted(len(classes), 'class', 'classes')}: {named}"
     )
 
 
@@ -91,7 +92,7 @@ def _measured(record: Record) -> str:
     hardware = launch.get("gpu") or f"{launch.get('cpu', 'a processor')}, {launch.get('threads', '?')} threads"
     rows = {
         "top-1": f"{results['top1']:.4f}", "top-5": f"{results['top5']:.4f}", "loss": f"{results['loss']:.4f}",
-        "measured on": f"{results['count']:,} images: {results['dataset']}, {results['split']}",
+        "measured on": f"{counted(results['count'], 'image')}: {results['dataset']}, {results['split']}",
         "recipe": f"`{results['recipe']}` of Vitrail {launch.get('vitrail', '')}{changed}, seed {results['seed']}",
         "epochs": f"{results['epochs']} of {results['epochs_planned']}; {results['samples_seen']:,} images seen",
         "training time": f"{duration(results['train_seconds'])} on {hardware}, {results['precision']}",

@@ -26,7 +26,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrail import models
 from vitrail.config import HALF, Colours, check_colours
@@ -295,41 +295,20 @@ class Run:
         model.load_state_dict(tensors, assign=True)
         return model, classes
 
-    def save_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], progress: dict[str, Any]
-    ) -> None:
-        """Write all that resuming needs: weights, the optimizer's state, the running average of the weights by their
-        names (empty if there is none), and `progress` as JSON."""
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
-        for name, weight in model.named_parameters():
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
-        write_tensors(self.path / "last" / "state.safetensors", tensors, progress)
+    def save_state(self, state: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Write all that resuming needs: the `state`, whole, and `progress` as JSON."""
+        write_tensors(self.path / "last" / "state.safetensors", state, progress)
 
-    def load_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        """Put the saved state into a model, its optimizer and the average of its weights; returns `progress`.
+    def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The saved state, and `progress`.
 
         Raises:
-            BadInput: there is no state, it is damaged, or it is of a model of another shape.
+            BadInput: there is no state, or it is damaged.
         """
         path = self.path / "last" / "state.safetensors"
         if not path.is_file():
             raise BadInput(f"{self.path} cannot be resumed: it was ended before its first checkpoint. Train anew.")
-        tensors, progress = read_tensors(path)
-        for prefix, own in (("model.", model.state_dict()), ("average.", average)):
-            found = {name.removeprefix(prefix): saved for name, saved in tensors.items() if name.startswith(prefix)}
-            check_shapes(own, found, path)
-            for name, tensor in own.items():
-                tensor.copy_(found[name])
-        for name, weight in model.named_parameters():
-            prefix = f"optimizer.{name}."
-            for key, value in tensors.items():
-                if key.startswith(prefix):
-                    # Adam counts its steps in a tensor without dimensions, which fused kernels want on the device too.
-                    optimizer.state[weight][key.removeprefix(prefix)] = value.to(weight.device)
-        return progress
+        return read_tensors(path)
 
 
 def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vitrail import __version__
 from vitrail.arguments import Parser
 from vitrail.commands import COMMANDS
-from vitrail.errors import BadInput, Diverged, Stopped, nearest
+from vitrail.errors import BadInput, Diverged, Partial, Stopped, nearest, speaks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,18 +25,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.platform == "win32":
         return failed("it runs on Linux and macOS, and not on Windows; Windows has a Linux in it, WSL.", 1)
     try:
-        print_result(answer(sys.argv[1:] if argv is None else argv))
+        respond(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
         return failed(error, 2)
     except Diverged as error:
-        return failed(error, 3)
+        return failed(error, 3, of_all=True)
     except Stopped as error:
-        return failed(error, error.status)
+        return failed(error, error.status, of_all=True)
     except KeyboardInterrupt:
         return failed("interrupted", 130)
     except Exception as error:
         return broken(error)
     return 0
+
+
+def respond(argv: Sequence[str]) -> None:
+    """Print what the arguments ask for; where it can be had in part only, that part before the reason is raised."""
+    try:
+        print_result(answer(argv))
+    except Partial as some:
+        print_result(some.result)
+        raise
 
 
 def answer(argv: Sequence[str]) -> str:
@@ -67,7 +76,9 @@ def overview() -> str:
 
 
 def print_result(text: str) -> None:
-    """Print to stdout. A reader that has had enough (`| head`) is no failure."""
+    """Print to stdout, by one process of many. A reader that has had enough (`| head`) is no failure."""
+    if not speaks():
+        return
     try:
         print(text, flush=True)
     except OSError as error:
@@ -77,16 +88,31 @@ def print_result(text: str) -> None:
             raise
 
 
-def failed(reason: object, status: int) -> int:
-    """Say why on stderr."""
-    print(f"vitrail: {reason}", file=sys.stderr)
+def failed(reason: object, status: int, *, of_all: bool = False) -> int:
+    """Say why on stderr. Of processes that train together, one says what is the failure `of_all`, as it is of those
+    that have not met yet; else each speaks for itself."""
+    if speaks():
+        print(f"vitrail: {reason}", file=sys.stderr)
+    elif together() and not of_all:
+        print(f"vitrail, process {os.environ['RANK']}: {reason}", file=sys.stderr)
     return status
+
+
+def together() -> bool:
+    """Whether this process has met others."""
+    distributed = sys.modules.get("torch.distributed")  # which nobody has met without
+    return distributed is not None and distributed.is_initialized()
 
 
 def broken(error: Exception) -> int:
     """The machine's failures in a sentence; a failure of Vitrail's own with its traceback, which is worth reporting."""
     if isinstance(error, OSError):
         return failed(system_error(error), 1)
+    if together():
+        from vitrail.world import abandoned
+
+        if abandoned(error):
+            return failed("another process of this training is gone; what was saved before is whole.", 1, of_all=True)
     if out_of_memory(error):
         return failed("memory is full. In training, a smaller --batch-size or --accumulate 2 and up needs less.", 1)
     traceback.print_exception(error)

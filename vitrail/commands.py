@@ -119,13 +119,14 @@ def do_bench(args: argparse.Namespace) -> str:
     from vitrail.environment import describe
     from vitrail.evaluate import pick_device
     from vitrail.floor import precisions
+    from vitrail.progress import counted
     from vitrail.rounds import Setting, cases
     from vitrail.speedpage import COLUMNS, add_record, check_page, notes, table_rows, write_page
 
     if args.add is not None:
         if args.output is None:
             raise BadInput("--add needs --output PAGE, on which the rows go.")
-        return f"{add_record(args.output, args.add)} rows of {args.add} are in {args.output}"
+        return f"{counted(add_record(args.output, args.add), 'row')} of {args.add} added to {args.output}"
     device = pick_device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if args.output is not None:
         check_page(args.output, describe(device))  # now, not when it has been measured

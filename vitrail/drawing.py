@@ -14,6 +14,7 @@ from torch import nn
 from vitrail.additions import ConvolutionalStem
 from vitrail.errors import BadInput, nearest
 from vitrail.model import MLP, Attention, TransformerEncoderBlock, VisionTransformer
+from vitrail.progress import counted
 from vitrail.svg import INK, PAPER, SOFT, Sheet
 from vitrail.variants import VARIANTS
 from vitrail.weights import read
@@ -48,7 +49,7 @@ def named(what: str, image_size: int | None = None) -> tuple[VisionTransformer, 
     if config is None:
         path = Path(what)
         if not path.exists():
-            raise BadInput(f"there is no variant and no file {what!r}{nearest(what, VARIANTS)}")
+            raise BadInput(f"there is no variant and no file {what!r}{nearest(what, VARIANTS)} See: vitrail variants")
         imported, name = read(path), path.resolve().name
         config, classes = imported.config, imported.classes
     with torch.device("meta"):
@@ -70,7 +71,8 @@ def draw(
     sheet, config = Sheet(WIDTH, HEIGHT), model.config
     size = config.image_size
     sheet.text(60, 58, name, 34, "start", bold=True)
-    said = f"{count(model):,} parameters, images of {size} × {size} pixels, {config.num_classes:,} classes"
+    classes_said = counted(config.num_classes, "class", "classes")
+    said = f"{count(model):,} parameters, images of {size} × {size} pixels, {classes_said}"
     sheet.text(60, 98, said, 18, "start", colour=SOFT)
     pixels = window(size) if image is None else middle_of(image, size)
     columns = draw_patches(sheet, model, pixels)
@@ -213,7 +215,7 @@ def draw_encoder(sheet: Sheet, model: VisionTransformer) -> int:
     sheet.thin(RIGHT, ENCODER - 8, left, lower - 20, SOFT, "3 6")
     tokens = f"{config.num_tokens:,} tokens of {config.hidden_size:,}"
     about = f"{count(model.blocks, model.norm):,} parameters"
-    details = [f"{len(model.blocks)} encoder blocks and a norm, on {tokens}", about]
+    details = [f"{counted(len(model.blocks), 'encoder block')} and a norm, on {tokens}", about]
     width, height, layers = RIGHT - LEFT, ENCODER - top, len(model.blocks)
     sheet.box(LEFT, top, width, height, GREY)
     for layer in range(1, layers, 2):
@@ -301,7 +303,8 @@ def attention_said(attention: Attention, rotary: bool) -> list[str]:
     """The numbers of an attention layer."""
     three, width = attention.qkv.weight.shape
     said = [
-        f"{attention.num_heads} heads of {width // attention.num_heads}, {width:,} → 3 × {three // 3:,} → {width:,}"
+        f"{counted(attention.num_heads, 'head')} of {width // attention.num_heads}, {width:,} → 3 × {three // 3:,} "
+        f"→ {width:,}"
     ]
     done = ["normalised"] * (attention.q_norm is not None) + ["turned by position"] * rotary
     if done:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from vitrail import __version__
+from vitrail.world import ALONE, World, job
 
 PACKAGES = ("torch", "numpy", "pillow")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device, world: World = ALONE) -> dict[str, Any]:
     """What is true of a run that takes up its work now, for an entry of `environment.json`."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,6 +32,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": world.size,
+        "job": job(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

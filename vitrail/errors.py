@@ -1,11 +1,22 @@
-"""What can go wrong in a way that the user can mend. The command line turns each into a sentence and an exit status."""
+"""What can go wrong in a way that the user can mend. The command line turns each into a sentence and an exit status;
+where several processes do one thing, one of them says it."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class BadInput(Exception):
     """Bad usage or bad input (exit status 2). The message names the thing, says what is wrong and what would do."""
+
+
+class Partial(BadInput):
+    """Some of what was given is bad; `result` is what the rest of it gave."""
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class Diverged(Exception):
@@ -29,5 +40,11 @@ def wrong_shape(size: int, shape: Sequence[int], mend: str) -> BadInput:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'X'?` for the known word nearest to a mistyped one, or a full stop."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    known = {each.lower(): each for each in words}
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {known[close[0]]!r}?" if close else "."
+
+
+def speaks() -> bool:
+    """Whether this process speaks for all: it is alone, or the first of those that torchrun started together."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"

@@ -1,5 +1,6 @@
 """Logits → figures."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,17 +15,19 @@ from torch import nn
 
 from vitrail import cache
 from vitrail.batches import evaluation_batches
-from vitrail.cache import Images
+from vitrail.cache import Images, Split
+from vitrail.calibration import calibration_error
 from vitrail.checkpoint import Run, read_about
 from vitrail.config import HALF, Colours
-from vitrail.errors import BadInput
-from vitrail.images import BUILT_IN, Unreadable, open_image, to_pixels
-from vitrail.pixels import Pixels
-from vitrail.progress import track
+from vitrail.errors import BadInput, Partial
+from vitrail.hub import PREFIX
+from vitrail.images import Unreadable, is_there, open_image, to_pixels
+from vitrail.memory import images_at_once
+from vitrail.pixels import Pixels, pixels_of
+from vitrail.progress import counted, say, track
 from vitrail.recipes import Resolved
 from vitrail.settings import Precision, Recipe
-
-CALIBRATION_BINS = 15  # as Guo et al., "On Calibration of Modern Neural Networks" (1706.04599)
+from vitrail.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -100,21 +103,24 @@ def predict_split(
     model: nn.Module,
     pixels: Pixels,
     *,
-    batch_size: int = 200,
+    batch_size: int | None = None,
     precision: Precision = "fp32",
     top: int = 5,
     mean: Colours = HALF,
     std: Colours = HALF,
     mirror: bool = False,
+    world: World = ALONE,
 ) -> Predictions:
     """Run the model over every image of a split, each counted once and normalised by `mean` and `std`, and keep the
-    `top` classes of each. With `mirror`, its logits are the mean of those of the image and of its mirror image.
+    `top` classes of each; `images_at_once` if no `batch_size` is given. With `mirror`, its logits are the mean of those
+    of the image and of its mirror image.
 
-    The model is left in evaluation mode."""
+    The processes of a `world` do equal parts of the work, and each returns the whole. The model is left in evaluation
+    mode."""
     model.eval()
     labels, predicted, probabilities, losses = [], [], [], []
     with track(len(pixels), "evaluating", "images") as advance:
-        for batch, label in evaluation_batches(pixels, batch_size, mean, std):
+        for batch, label in evaluation_batches(pixels, batch_size or images_at_once(model), mean, std, world):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)[: len(label)]
                 if mirror:
@@ -128,7 +134,7 @@ def predict_split(
             losses.append(F.cross_entropy(logits, label, reduction="none", ignore_index=-1))  # -1: not known
             advance(len(label))
     arrays = (torch.cat(parts).numpy() for parts in (labels, predicted, probabilities, losses))
-    return Predictions(*arrays)
+    return Predictions(*(world.joined(array)[: len(pixels)] for array in arrays))
 
 
 def figures(predictions: Predictions, classes: tuple[str, ...]) -> Figures:
@@ -157,52 +163,35 @@ def judge_classes(predictions: Predictions, classes: tuple[str, ...]) -> Judgeme
     return Judgement(curves, found.as_dict(), "predictions", arrays)
 
 
-@dataclass(frozen=True)
-class Bin:
-    """The predictions whose confidence fell into one interval: how many, their mean confidence, the share right."""
-
-    index: int
-    count: int
-    confidence: float
-    accuracy: float
-
-
-def calibration(confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> list[Bin]:
-    """Predictions by confidence, in `CALIBRATION_BINS` equal intervals, open below and closed above; empty ones left
-    out (Guo et al., section 2)."""
-    which = np.ceil(confidence.astype(np.float64) * CALIBRATION_BINS).astype(int) - 1
-    which = np.clip(which, 0, CALIBRATION_BINS - 1)
-    inside = {index: which == index for index in np.unique(which).tolist()}
-    return [
-        Bin(index, int(mask.sum()), float(confidence[mask].mean(dtype=float)), float(right[mask].mean()))
-        for index, mask in inside.items()
-    ]
-
-
-def calibration_error(confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error: how far confidence and accuracy lie apart in the bins, weighted by their images
-    (Guo et al., equation 3)."""
-    gaps = (bin.count * abs(bin.accuracy - bin.confidence) for bin in calibration(confidence, right))
-    return sum(gaps) / len(confidence)
-
-
-def open_classifier(path: Path) -> Run:
-    """A run whose model has learnt classes.
+def open_classifier(path: Path) -> tuple[Run, Resolved | None]:
+    """A run whose model has learnt classes, and its recipe; None of weights from elsewhere, which have none.
 
     Raises:
         BadInput: there is no such run, or it is one of pre-training.
     """
     run = Run.open(path)
-    if run.trained and run.recipe().recipe.self_supervised:
+    resolved = run.recipe() if run.trained else None
+    if resolved is not None and resolved.recipe.self_supervised:
         raise BadInput(
-            f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train {run.recipe().name} --from "
+            f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train {resolved.name} --from "
             f"{path}; or measure what it sees: vitrail probe {path}."
         )
-    return run
+    return run, resolved
 
 
-def own_images(run: Run) -> str:
-    """The data set that a run was trained on.
+def unfinished(run: Run, resolved: Resolved | None) -> str:
+    """What has to be known of a run that is not at its end; empty of one that is, or that was not trained here."""
+    path, planned = run.path / "metrics.jsonl", resolved.recipe.epochs if resolved else 0
+    lines = path.read_text(encoding="utf-8") if path.is_file() else ""
+    done = max(map(int, re.findall(r'^\{"epoch": (\d+),', lines, re.MULTILINE)), default=0)
+    if done >= planned and (resolved is None or (run.path / "results.json").is_file()):
+        return ""
+    epochs = f"{done} of its {counted(planned, 'epoch')}"
+    return f"{run.path} is not finished: it has done {epochs}, and these weights are those of its last checkpoint"
+
+
+def own_images(run: Run, recipe: Recipe | None = None) -> str:
+    """The data set that a run was trained on. `recipe` is its, where that has been read already.
 
     Raises:
         BadInput: it is not where it was, or the run was not trained here.
@@ -211,33 +200,37 @@ def own_images(run: Run) -> str:
         raise BadInput(
             f"{run.path} was not trained here, and has no images of its own. Say with --data D which to take."
         )
-    data = run.recipe().recipe.data
-    there = Path(data).expanduser()
-    if data in BUILT_IN or there.exists():
+    data = (recipe or run.recipe().recipe).data
+    if is_there(data):
         return data
     why = "which is no longer there"
-    if not there.is_absolute():
+    if not Path(data.removeprefix(PREFIX)).expanduser().is_absolute():
         why = "a path from the folder in which that was started; there is no such thing in this one"
     raise BadInput(f"{run.path} was trained on {data}, {why}. Say with --data D where the images are now.")
 
 
 def judged_images(
-    run: Run, data: str | None, image_size: int, classes: tuple[str, ...], *, others: bool = False
-) -> tuple[str, str, Images]:
+    run: Run, data: str | None, image_size: int, classes: tuple[str, ...], *, others: bool = False,
+    recipe: Recipe | None = None,
+) -> tuple[str, str, Split]:  # fmt: skip
     """The split that a run was judged by, or that it is to be judged by now, of `data`: the name of the data set and of
-    the split, and the images, as `evaluate_run` takes them.
+    the split, and the images, as `evaluate_run` takes them. `recipe` is the run's, where that has been read already.
 
     Raises:
         BadInput: the data cannot be used, or has classes that the run does not know; with `others`, `data` may have.
     """
-    holdout = run.recipe().recipe.holdout if run.trained else 0.0
+    recipe = recipe or (run.recipe().recipe if run.trained else None)
+    holdout, stream = (recipe.holdout, recipe.stream) if recipe else (0.0, False)
     if data is not None:
         state = run.path / "last" / "state.safetensors"
         own = read_about(state)["images"] if state.is_file() else ""
-        return cache.load_for_evaluation(data, image_size, classes, own=own, holdout=holdout, others=others)
-    dataset = cache.load(own_images(run), image_size, holdout=holdout)
+        return cache.load_for_evaluation(
+            data, image_size, classes, own=own, holdout=holdout, others=others, stream=stream
+        )
+    dataset = cache.load(own_images(run, recipe), image_size, holdout=holdout, stream=stream)
     if dataset.classes != classes:
-        raise BadInput(f"{dataset.name} no longer has the {len(classes)} classes that {run.path} was trained on.")
+        were = counted(len(classes), "class", "classes")
+        raise BadInput(f"{dataset.name} no longer has the {were} that {run.path} was trained on.")
     return dataset.name, dataset.evaluation, dataset.splits[dataset.evaluation]
 
 
@@ -252,21 +245,44 @@ def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -
     Raises:
         BadInput: the run or the data cannot be used, or the data has classes that the run does not know.
     """
-    run = open_classifier(path)
-    # Weights from elsewhere have no recipe, and no images of their own.
-    resolved = run.recipe() if run.trained else Resolved(path.resolve().name, Recipe(), {})
-    recipe = resolved.recipe
+    run, resolved = open_classifier(path)
+    recipe = resolved.recipe if resolved else None
     model, classes = run.load_model()
     mean, std = run.preprocessing()
     size = model.config.image_size
-    name, split, images = judged_images(run, data, size, classes)
-    pixels = Pixels(images, size, pick_device("auto"))
-    predict = partial(predict_split, model.to(pixels.device), pixels, precision=recipe.precision, mean=mean, std=std)
+    name, split, images = judged_images(run, data, size, classes, recipe=recipe)
+    if told := unfinished(run, resolved):
+        say(told)
+    pixels = pixels_of(images, size, pick_device("auto"))
+    predict = partial(
+        predict_split, model.to(pixels.device), pixels, precision=(recipe or Recipe()).precision, mean=mean, std=std
+    )
     found = figures(predict(), classes).as_dict()
     if mirror:
         both = figures(predict(mirror=True), classes)
         found["mirrored"] = {"top1": both.top1, "top5": both.top5, "loss": both.loss}
-    return {"recipe": resolved.name, "dataset": name, "split": split, **found}
+    return {"recipe": resolved.name if resolved else path.resolve().name, "dataset": name, "split": split, **found}
+
+
+def readable(files: Sequence[Path], image_size: int) -> tuple[Images, str]:
+    """Of image files those that can be read, as the model is to see them, and in a sentence why the others cannot; it
+    is empty if there are none.
+
+    Raises:
+        BadInput: none can be read as an image; all are named.
+    """
+    read, names, problems = list[NDArray[np.uint8]](), [], []
+    for file in files:
+        try:
+            read.append(to_pixels(open_image(file), image_size))
+            names.append(str(file))
+        except Unreadable as error:
+            problems.append(str(error))
+    said = "; ".join(problems)
+    said += "" if not said or said.endswith("?") else "."
+    if not read:
+        raise BadInput(said)
+    return Images.pack(read, names), said
 
 
 def read_files(files: Sequence[Path], image_size: int) -> Images:
@@ -275,32 +291,29 @@ def read_files(files: Sequence[Path], image_size: int) -> Images:
     Raises:
         BadInput: some cannot be read as images; all of them are named.
     """
-    read, problems = [], []
-    for file in files:
-        try:
-            read.append(to_pixels(open_image(file), image_size))
-        except Unreadable as error:
-            problems.append(str(error))
+    images, problems = readable(files, image_size)
     if problems:
-        mend = f" {len(read)} of the {len(files)} files can be read: leave the others out." if read else ""
-        raise BadInput(f"{'; '.join(problems)}.{mend}")
-    return Images.pack(read, list(map(str, files)))
+        raise BadInput(f"{problems} {len(images)} of the {len(files)} files can be read: leave the others out.")
+    return images
 
 
 def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[str, Any]]:
     """The most probable classes of each image file, by the weights of a run.
 
     Raises:
-        BadInput: the run cannot be used, or some files cannot be read as images.
+        BadInput: the run cannot be used, or no file can be read as an image.
+        Partial: some files cannot be; what is said of the others is its `result`.
     """
-    run = open_classifier(path)
+    run, resolved = open_classifier(path)
     model, classes = run.load_model()
     mean, std = run.preprocessing()
     size = model.config.image_size
-    images = read_files(files, size)
+    images, problems = readable(files, size)
+    if told := unfinished(run, resolved):
+        say(told)
     pixels = Pixels(images, size, pick_device("auto"))
     predictions = predict_split(model.to(pixels.device), pixels, top=top, mean=mean, std=std)
-    return [
+    answers = [
         {
             "image": name,
             "predictions": [
@@ -312,3 +325,6 @@ def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[
             images.names, predictions.predicted, predictions.probability, strict=True
         )
     ]
+    if problems:
+        raise Partial(f"{problems} The other {counted(len(images), 'file')} could be read.", answers)
+    return answers

@@ -27,7 +27,7 @@ from vitrail.progress import track
 
 
 def attention(
-    model: nn.Module, images: Float[Tensor, "B 3 S S"], layers: Collection[int] | None = None
+    model: nn.Module, images: Float[Tensor, "B 3 S S"], layers: int | Collection[int] | None = None
 ) -> dict[int, Float[Tensor, "B H T T"]]:
     """Attention weights by layer (from 0), of the layers asked for, or of all: how much each token (row) takes from
     each other (column), equation 6. Each row adds up to 1; the class token and registers come before the patches.
@@ -35,7 +35,7 @@ def attention(
     Args:
         model: any Vision Transformer; it is left as it was, in training mode too.
         images: normalised, on the model's device.
-        layers: numbers from 0 up; all if None.
+        layers: their numbers, from 0 up, or the one of a single layer; all if None.
 
     Raises:
         BadInput: there is no such layer, the images are of another shape than the model's, or it is a ResNet.
@@ -97,10 +97,10 @@ def gradient_rollout(
 
 
 def read_by_heads(
-    model: nn.Module, images: Float[Tensor, "B 3 S S"], layers: Collection[int] | None = None
+    model: nn.Module, images: Float[Tensor, "B 3 S S"], layers: int | Collection[int] | None = None
 ) -> dict[int, Float[Tensor, "B H g g"]]:
-    """What the token that the head reads attends to in each layer asked for (from 0; all if None), by each of its
-    heads: the weights of the patches alone. Where the head reads all patches, the mean over these.
+    """What the token that the head reads attends to in each layer asked for (as in `attention`), by each of its heads:
+    the weights of the patches alone. Where the head reads all patches, the mean over these.
 
     Raises:
         BadInput: there is no such layer, the images are of another shape than the model's, or it is a ResNet.
@@ -125,9 +125,12 @@ def attention_distance(model: nn.Module, images: Float[Tensor, "B 3 S S"]) -> Fl
         return torch.cat([Passage(vit, part).distances() for _, part in parts(vit, images)]).mean(0)
 
 
-def embedding_filters(model: nn.Module, count: int = 28) -> Float[Tensor, "n 3 P P"]:
+def embedding_filters(model: nn.Module, count: int = 28, *, grey: bool = False) -> Float[Tensor, "n 3 P P"]:
     """The first principal components of the filters that embed a patch (figure 7 on the left), `count` of them or as
     many as there are, each of length 1. Their signs say nothing: the largest of its values is positive.
+
+    With `grey`, they are of what the filters are to images without colour, and have none: there, each counts by the sum
+    of its three colours, and in what these differ nothing was learnt.
 
     Raises:
         BadInput: the model embeds patches otherwise than by one projection of their pixels, its filters are all the
@@ -138,7 +141,8 @@ def embedding_filters(model: nn.Module, count: int = 28) -> Float[Tensor, "n 3 P
     if not isinstance(embedding, PatchEmbedding) or vit.resnet is not None:
         by = "a ResNet" if vit.resnet is not None else "convolutions one after another"
         raise BadInput(f"the model makes tokens by {by}, and has no filters of patches of pixels.")
-    filters = embedding.projection.weight.detach().flatten(1).cpu().double()  # which MPS lacks
+    weight = embedding.projection.weight.detach().cpu().double()  # which MPS lacks
+    filters = (weight.mean(1, keepdim=True).expand_as(weight) if grey else weight).flatten(1)
     _, strengths, components = torch.linalg.svd(filters - filters.mean(0), full_matrices=False)
     components = components[strengths > 1e-9 * strengths[0]][:count]
     if not len(components):

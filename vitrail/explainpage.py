@@ -1,169 +1,46 @@
 """What a model looks at, for people: a page with images lit where it looks and the paper's figure 7, and a picture of
 each image to be shared."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from vitrail import cache, explain, panes, weights
-from vitrail.batches import evaluation_batches
-from vitrail.cache import Images
-from vitrail.checkpoint import Run, write, write_text
-from vitrail.config import Colours
-from vitrail.errors import BadInput, nearest
-from vitrail.evaluate import judged_images, pick_device, read_files
-from vitrail.formats import HEAD
-from vitrail.model import VisionTransformer
-from vitrail.passage import Passage, as_used
+from vitrail import explain, panes, weights
+from vitrail.checkpoint import write, write_text
+from vitrail.errors import BadInput
+from vitrail.evaluate import pick_device
+from vitrail.looks import MOST, Explained, Look, called, class_of, lightest, look, numbers, open_model, some_images
 from vitrail.pictures import Thumbnail, Tick, nice_ticks, percent
-from vitrail.pixels import Pixels
-from vitrail.progress import track
+from vitrail.progress import say
 from vitrail.report import fill
-from vitrail.resnet import ResNetConfig
 
 MARK = "vitrail explain"  # by which pages and pictures of ours are known,
 OURS = re.compile(r".+\.(png|html)(\.\d+)?")  # and by their names; the numbered are what a killed call left
-SHOWN = 8  # images of a data set
-MOST = 64  # images on a page
-NAMED = 12  # classes that a message names
-GUESSES = 3  # classes that are named for an image
 SIDE, SMALL, SHARED = 224, 64, 448  # of an image on the page, lit by one head, and on a picture to be shared: pixels
 SIMILARITIES = 480  # and of the similarities of positions, about
 PANES = 6_000_000  # pixels of all panes of heads on a page, at most: some 6 MB
-
-
-@dataclass(frozen=True)
-class Explained:
-    """A model of which it is to be said what it looks at, and what its weights came with. `told`: it has learnt
-    classes, so that what it predicts means something."""
-
-    name: str
-    model: VisionTransformer
-    classes: tuple[str, ...]
-    mean: Colours
-    std: Colours
-    told: bool
-
-
-@dataclass(frozen=True)
-class Look:
-    """An image as the model sees it, uint8 (S, S, 3), and what it makes of it: its likeliest classes and their
-    probabilities, the rollout (g, g), the gradient-weighted one for `target`, a class, and what each head of each layer
-    reads, (L, H, g, g). `label` is -1 where it is not known."""
-
-    name: str
-    pixels: NDArray[np.uint8]
-    label: int
-    guesses: tuple[tuple[int, float], ...]
-    target: int
-    rollout: NDArray[np.float32]
-    gradient: NDArray[np.float32] | None
-    heads: NDArray[np.float32]
-
-
-# What there is to see
-
-
-def open_model(source: Path, image_size: int | None = None) -> Explained:
-    """The model of a run folder, or of anything else that `vitrail import` takes; for images of another size, if one is
-    given.
-
-    Raises:
-        BadInput: it cannot be read, or is no Vision Transformer, or the size will not do.
-    """
-    told = True
-    if weights.is_run(source):
-        run = Run.open(source)
-        if isinstance(run.config()[0], ResNetConfig):
-            raise BadInput(f"{source} is a run of a ResNet, which has no attention to look at.")
-        told = not (run.trained and run.recipe().recipe.self_supervised)
-    found = weights.read(source)
-    classes = None if HEAD[0] in found.tensors else 1
-    model = weights.build(found, source, image_size=image_size, num_classes=classes)
-    name = re.sub(r"\.npz$", "", source.resolve().name)
-    return Explained(
-        name, model, found.classes, found.mean, found.std, told and bool(model.head.weight.any())
-    )  # fmt: skip
-
-
-def some_images(source: Path, explained: Explained, files: Sequence[Path], data: str | None) -> tuple[str, Images]:
-    """The images to look at, and what they are: those files, or else some of the split that the model is judged by,
-    taken evenly from it. Those of classes that the model does not know are labelled -1.
-
-    Raises:
-        BadInput: there are too many, some cannot be read, or there is no data set to take any from.
-    """
-    size = explained.model.config.image_size
-    if len(files) > MOST:
-        raise BadInput(f"a page has room for {MOST} images, not for {len(files)}; name fewer at a time.")
-    if files:
-        if data is not None:
-            raise BadInput("--data is where images are taken from if none are named; leave out one of the two.")
-        return "", read_files(files, size)
-    if weights.is_run(source):
-        name, split, images = judged_images(Run.open(source), data, size, explained.classes, others=True)
-    elif data is None:
-        raise BadInput(f"{source} has no images of its own. Name some to look at, or say with --data D where some are.")
-    else:
-        name, split, images = cache.load_for_evaluation(data, size, explained.classes, others=True)
-    chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(np.int64)
-    return f"{name}, {split}", images.take(chosen)
-
-
-def look(explained: Explained, images: Images, target: int | None) -> tuple[list[Look], NDArray[np.float32]]:
-    """What the model looks at in each image, for the class `target` or the one that it predicts, and how far each head
-    looks in all of them, in pixels (L, H)."""
-    model, size = explained.model, explained.model.config.image_size
-    device = next(model.parameters()).device
-    squares = explain.squares([images.image(number) for number in range(len(images))], size)
-    found, distances = list[Look](), list[Tensor]()
-    with as_used(model), track(len(images), "looking") as advance:
-        for batch, _ in evaluation_batches(Pixels(images, size, device), 1, explained.mean, explained.std):
-            number, seen = len(found), Passage(model, batch)
-            probabilities = seen.logits().float().cpu().double().softmax(1)  # float64 is what MPS lacks
-            sure, classes = (part[0].tolist() for part in probabilities.sort(1, True))
-            against = classes[0] if target is None else target
-            found.append(
-                Look(
-                    images.names[number], squares[number], int(images.labels[number]),
-                    tuple(zip(classes, sure, strict=True))[:GUESSES] if explained.told else (), against,
-                    _numbers(seen.rollout()[0]),
-                    _numbers(seen.gradient_rollout([against])[0]) if explained.told else None,
-                    np.stack([_numbers(maps[0]) for maps in seen.read_by_heads().values()]),
-                )
-            )  # fmt: skip
-            distances.append(seen.distances())
-            advance()
-    return found, _numbers(torch.cat(distances).mean(0))
-
-
-def _numbers(tensor: Tensor) -> NDArray[np.float32]:
-    return tensor.float().cpu().numpy()
-
-
-# How it is shown
 
 
 def explain_run(
     source: Path, files: Sequence[Path], output: Path | None = None, *, target: str | None = None,
     data: str | None = None, image_size: int | None = None,
 ) -> Path:  # fmt: skip
-    """Write `explain.html`, and a picture of each image beside it, and return the page's path. What an earlier call
-    wrote gives way, and nothing else.
+    """Write `explain.html`, and a picture of each image beside it, and return the page's path. In a folder that is
+    named, what an earlier call wrote there gives way, which is said, and nothing else does.
 
     Args:
         source: a run folder, or anything else that `vitrail import` takes.
         files: images to look at; some of the data set if there are none.
-        output: the folder; by default `explain` in a run folder, and `NAME-explain` in this one for other weights.
+        output: the folder; by default `explain` in a run folder, and `NAME-explain` in this one for other weights, or,
+            where that is there, `explain-2` and so on.
         target: the class for which it is shown what speaks for it; the predicted one by default.
         data: the data set, if not the run's own.
         image_size: side of the images that the model is to see, if not of those that it was made for.
@@ -172,18 +49,22 @@ def explain_run(
         BadInput: the model, the images or the class are not there, or the folder has something else in it.
     """
     if output is None:
-        output = source / "explain" if weights.is_run(source) else Path(f"{source.resolve().stem}-explain")
+        wanted = source / "explain" if weights.is_run(source) else Path(f"{called(source)}-explain")
+        names = itertools.chain([wanted.name], (f"{wanted.name}-{number}" for number in itertools.count(2)))
+        output = next(path for path in map(wanted.with_name, names) if not path.exists())
     check_folder(output)
     explained = open_model(source, image_size)
     number = class_of(explained, target) if target is not None else None
     where, images = some_images(source, explained, files, data)
     explained.model.to(pick_device("auto"))
     looks, distances = look(explained, images, number)
+    if (output / "explain.html").exists():
+        say(f"vitrail: what an earlier call wrote in {output} gives way to this one's")
     for old in output.glob("*"):
         if old.name != "explain.html" and _is_ours(old):
             old.unlink()
     shared = [share(output, each, explained) for each in looks]
-    write_text(output / "explain.html", page(explained, looks, distances, where, shared, target is not None))
+    write_text(output / "explain.html", page(explained, looks, distances, where, shared))
     return output / "explain.html"
 
 
@@ -210,33 +91,16 @@ def _is_ours(path: Path) -> bool:
         return MARK.encode() in file.read(4000)
 
 
-def class_of(explained: Explained, name: str) -> int:
-    """The number of a class.
-
-    Raises:
-        BadInput: there is none of that name, or the model has learnt none.
-    """
-    if not explained.told:
-        raise BadInput(f"{explained.name} has learnt no classes; leave out --class {name}.")
-    if name not in explained.classes:
-        some = f" It has {', '.join(explained.classes[:NAMED])}{' …' * (len(explained.classes) > NAMED)}."
-        raise BadInput(f"the model has no class {name!r}{nearest(name, explained.classes)}{some}")
-    return explained.classes.index(name)
-
-
 def share(folder: Path, one: Look, explained: Explained) -> str:
     """Write the picture of an image and of what the model looks at in it; returns the file's name."""
-    large, even = panes.enlarge(one.pixels, SHARED), percent(1 / one.rollout.size)
-    known = f", is {explained.classes[one.label]}" if one.label >= 0 and explained.told else ""
-    most = f" (lightest patch {percent(found)}, evenly {even})" if (found := lightest(one.rollout)) else ""
+    large = panes.enlarge(one.pixels, SHARED)
     row = [
-        (large, f"{Path(one.name).stem}{known}"),
-        (panes.shine(large, one.rollout), f"{explained.name} looks here{most}"),
+        (large, f"{Path(one.name).stem}\n{verdict(one, explained.classes)}"),
+        (panes.shine(large, one.rollout), f"where {explained.name} looks{explained.resized}\n{most(one.rollout)}"),
     ]
     if one.gradient is not None:
-        sure = dict(one.guesses).get(one.target)
-        said = f" ({percent(sure, 0)})" if sure is not None else ""
-        row.append((panes.shine(large, one.gradient), f"for {explained.classes[one.target]}{said}"))
+        target = f"{explained.classes[one.target]} ({percent(dict(one.guesses)[one.target], 0)})"
+        row.append((panes.shine(large, one.gradient), f"what speaks for {target}\n{most(one.gradient)}"))
     plain = re.sub(r"[^\w.-]", "_", Path(one.name).stem)[:80] or "image"
     names = (plain, *(f"{plain}-{number}" for number in range(2, MOST + 2)))
     path = next(path for path in (folder / f"{name}.png" for name in names) if not path.exists())
@@ -246,28 +110,39 @@ def share(folder: Path, one: Look, explained: Explained) -> str:
     return path.name
 
 
+def verdict(one: Look, classes: Sequence[str]) -> str:
+    """What an image is, as far as that is known, and what it is taken for; nothing where no classes were learnt."""
+    if not one.guesses:
+        return ""
+    said, sure = classes[one.guesses[0][0]], percent(one.guesses[0][1], 0)
+    if one.label < 0:
+        return f"taken for {said} ({sure})"
+    right = one.label == one.guesses[0][0]
+    return f"is {classes[one.label]}, {'recognised' if right else f'mistaken for {said}'} ({sure})"
+
+
+def most(values: NDArray[np.float32]) -> str:
+    """How much the lightest patch has, and what it would be if all had as much."""
+    found = lightest(values)
+    return f"lightest patch {percent(found)}, {percent(1 / values.size)} if even" if found else "no patch"
+
+
 def page(
-    explained: Explained, looks: Sequence[Look], distances: NDArray[np.float32], where: str, shared: Sequence[str],
-    asked: bool,
+    explained: Explained, looks: Sequence[Look], distances: NDArray[np.float32], where: str, shared: Sequence[str]
 ) -> str:  # fmt: skip
     """The page as HTML."""
     config = explained.model.config
-    filters, no_filters = _or_why(lambda: explain.embedding_filters(explained.model))
+    grey = all((each.pixels == each.pixels[:, :, :1]).all() for each in looks)
+    filters, no_filters = _or_why(lambda: explain.embedding_filters(explained.model, grey=grey))
     similar, no_similar = _or_why(lambda: explain.position_similarity(explained.model))
     return fill(
         "explain.html", mark=f'<meta name="generator" content="{MARK}">', name=explained.name, where=where,
-        config=config, classes=explained.classes, told=explained.told, asked=asked,
+        config=config, made_for=explained.made_for, classes=explained.classes, told=explained.told, grey=grey,
         images=[_shown(each, name, len(looks)) for each, name in zip(looks, shared, strict=True)],
         filters=_filters(filters) if filters is not None else None, no_filters=no_filters,
         similar=_similarities(similar) if similar is not None else None, no_similar=no_similar,
         distance=_distances(distances),
     )  # fmt: skip
-
-
-def lightest(values: NDArray[np.float32]) -> float:
-    """How much the lightest patch has of what all have, which a picture of a map, over its own range, does not show. 0
-    where none has any."""
-    return float(values.max() / values.sum()) if values.any() else 0.0
 
 
 def pane_side(images: int, heads: int) -> int:
@@ -292,7 +167,7 @@ def _shown(one: Look, file: str, images: int) -> dict[str, Any]:
 def _or_why(find: Callable[[], Tensor]) -> tuple[NDArray[np.float32] | None, str]:
     """What is there, or a sentence that says why there is none."""
     try:
-        return _numbers(find()), ""
+        return numbers(find()), ""
     except BadInput as error:
         return None, str(error)
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.cache import Dataset, Images
+from vitrail.cache import Dataset, Split
+from vitrail.calibration import calibration
 from vitrail.checkpoint import Run
 from vitrail.errors import BadInput
-from vitrail.evaluate import calibration
 from vitrail.explain import attended, squares
 from vitrail.model import VisionTransformer
 from vitrail.panes import enlarge, shine
@@ -66,7 +66,7 @@ def scored(record: Record, dataset: Dataset | None, split: str) -> dict[str, Any
 
 
 def _shown(
-    images: Images | None, answers: Answers, chosen: Sequence[int], lit: dict[int, NDArray[np.uint8]]
+    images: Split | None, answers: Answers, chosen: Sequence[int], lit: dict[int, NDArray[np.uint8]]
 ) -> list[dict[str, Any]]:
     """The chosen images with what was said of them, for the template; none where there are no images."""
     if images is None:
@@ -80,7 +80,7 @@ def _shown(
     ]  # fmt: skip
 
 
-def images_of(dataset: Dataset | None, split: str, label: Ints) -> tuple[Images | None, str]:
+def images_of(dataset: Dataset | None, split: str, label: Ints) -> tuple[Split | None, str]:
     """The images that were scored; where they cannot be had, None and a sentence that says why."""
     if dataset is None:
         return None, "No pictures here: the page was written without the data set."
@@ -90,7 +90,7 @@ def images_of(dataset: Dataset | None, split: str, label: Ints) -> tuple[Images 
     return images, ""
 
 
-def looked(run: Path, images: Images, chosen: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
+def looked(run: Path, images: Split, chosen: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
     """The chosen images, uint8 (L, L, 3), as the run's weights see them, with light where they look (attention
     rollout): as many of them, from the first, as take some seconds. None where there are no weights, or where they are
     of a model that has no attention."""

@@ -1,7 +1,9 @@
-"""Where images come from: a folder, an archive, Tiny ImageNet, CIFAR, digits; and how each becomes pixels."""
+"""Where images come from: a folder, an archive, Tiny ImageNet, CIFAR, digits, Hugging Face's data sets; and how each
+becomes pixels."""
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from vitrail.archives import SUFFIXES, Storage, cache_root, open_storage
 from vitrail.cifar import unpacked
 from vitrail.download import CIFAR_10, CIFAR_100, TINY_IMAGENET, fetch
 from vitrail.errors import BadInput, nearest
-from vitrail.layouts import Layout, read_layout, readable_names
+from vitrail.hub import PREFIX, Address, Hub
+from vitrail.layouts import Layout, is_image, read_layout, readable_names
 
 REMOTES = {"tiny-imagenet": TINY_IMAGENET, "cifar-10": CIFAR_10, "cifar-100": CIFAR_100}
 BUILT_IN = ("digits", *REMOTES)
@@ -79,15 +82,29 @@ def locate(data: str) -> tuple[str, Storage]:
         return data, Digits()
     if data in REMOTES:
         return data, open_storage(fetch(REMOTES[data], cache_root()))
+    if data.startswith(PREFIX):
+        address = Address.parse(data)
+        return address.path.resolve().stem if address.path else address.name, Hub(address)
     path = Path(data).expanduser()
     if not data or not path.exists():
         raise BadInput(
-            f"there is no data set, folder or archive {data!r}{nearest(data, BUILT_IN)} "
-            f"It can be {', '.join(BUILT_IN)}, a folder, or an archive ({', '.join(SUFFIXES)})."
+            f"there is no data set, folder or archive {data!r}{nearest(data, BUILT_IN)} It can be "
+            f"{', '.join(BUILT_IN)}, a folder, an archive ({', '.join(SUFFIXES)}), or {PREFIX}NAME."
         )
     name = path.resolve().name
     suffix = next((suffix for suffix in SUFFIXES if path.is_file() and name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)] or data, open_storage(path)
+
+
+def is_there(data: str) -> bool:
+    """Whether there is such a data set, as far as can be told without the network."""
+    if not data.startswith(PREFIX):
+        return data in BUILT_IN or Path(data).expanduser().exists()
+    try:
+        Address.parse(data)
+    except BadInput:
+        return False
+    return True
 
 
 def read_source(data: str, name: str, storage: Storage) -> Source:
@@ -202,6 +219,18 @@ def parse_image(content: bytes) -> Image.Image:
         return Image.open(io.BytesIO(content))
 
 
+def _check_file(path: Path) -> None:
+    """Say what would do where there is no file of that name."""
+    if path.is_dir():
+        suffixes = Counter(file.suffix for file in path.iterdir() if is_image(file.name))
+        inside = f": {path}/*{suffixes.most_common(1)[0][0]}" if suffixes else ", of which there is none"
+        raise Unreadable(f"{path}: it is a folder; name the images in it{inside}")
+    if not path.exists():
+        there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, there).rstrip(".") or f" in {path.parent.resolve()}"
+        raise Unreadable(f"{path}: there is no such file{near}")
+
+
 def open_image(path: Path) -> Image.Image:
     """The image in a file, not decoded yet.
 
@@ -209,6 +238,7 @@ def open_image(path: Path) -> Image.Image:
         Unreadable: it is not there, is no image, or cannot be read. The message names it, and so does that of what
             goes wrong when it is decoded.
     """
+    _check_file(path)
     with _unreadable(str(path)):
         image = Image.open(io.BytesIO(path.read_bytes()))
     image.filename = str(path)

@@ -11,6 +11,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".tga", ".avif",
 )  # fmt: skip
+ROW = ".image"  # of names that are rows of a table: images, whatever their format
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's: image, class and bounding box, a line each
 
@@ -34,7 +35,7 @@ class Layout:
 
 def is_image(name: str) -> bool:
     """Whether a file is taken for an image, by its name."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    return name.lower().endswith((*IMAGE_SUFFIXES, ROW))
 
 
 def read_layout(storage: Storage, data: str) -> Layout:

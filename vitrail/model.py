@@ -276,20 +276,18 @@ class VisionTransformer(nn.Module):
         return self.head(y)
 
     def attention(
-        self, images: Float[Tensor, "B channels height width"], layers: Collection[int] | None = None
+        self, images: Float[Tensor, "B channels height width"], layers: int | Collection[int] | None = None
     ) -> dict[int, Float[Tensor, "B H T T"]]:
-        """Attention weights by layer (from 0), computed explicitly for the layers asked for; all of them if None.
-
-        Raises:
-            BadInput: there is no such layer, or the images are of another shape than the model's.
-        """
+        """As `vitrail.attention` (explain.py), but of all images at once, with gradients, and with dropout while the
+        model is in training mode."""
         each = self.each_block(images, layers)
         return {n: block.attention.weights(block.attention_norm(z), rotation) for n, block, z, rotation in each}
 
     def each_block(
-        self, images: Float[Tensor, "B channels height width"], layers: Collection[int] | None = None
+        self, images: Float[Tensor, "B channels height width"], layers: int | Collection[int] | None = None
     ) -> Iterator[tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"], Rotation | None]]:
         """The blocks of these layers one by one, and what enters each. Nothing behind the last of them is computed."""
+        layers = [layers] if isinstance(layers, int) else layers
         wanted = set(range(len(self.blocks)) if layers is None else layers)
         if missing := wanted - set(range(len(self.blocks))):
             raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")

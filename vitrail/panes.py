@@ -19,6 +19,7 @@ GLOW = np.array((255, 190, 80), np.float32)  # falls on what is dark where most 
 GLOWING = 0.55  # of it at most
 WARM = np.array((1, 0.94, 0.72), np.float32)  # what light of the sun leaves of red, green and blue
 LEAD = (35, 37, 45)  # as the pages have it
+WORDS, SOFT = (250, 249, 246), (190, 192, 198)  # on lead: the first line below a pane, and the others
 # From low to high, and from dark to light: a window's blues, then its yellows.
 STOPS = np.array(((16, 18, 32), (30, 52, 118), (61, 107, 196), (122, 158, 178), (214, 178, 84), (250, 240, 205)))
 LINE = 22  # height of a line of text on a picture to be shared, in pixels
@@ -36,20 +37,26 @@ def enlarge(pixels: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, 
 
 
 def light(values: Float[np.ndarray, "g g"], height: int, width: int) -> Float[np.ndarray, "height width"]:
-    """A map over its own range, smooth, of an image's size: 0 where it is lowest, 1 where it is highest. One that is
-    the same everywhere is 1."""
+    """A map of what cannot be negative as light from 0 to 1, smooth, of an image's size.
+
+    How far it goes apart says how far the map does: with the contrast c = (highest - lowest) / highest, the light is
+    (1 - c) / 2 where the map is lowest, (1 + c) / 2 where it is highest, and in proportion between. So a map that is
+    0 somewhere has all of the range, and one that is nearly the same everywhere is half lit nearly everywhere. Where
+    nothing has any, there is no light.
+    """
     low, high = float(values.min()), float(values.max())
-    if not high > low:
-        return np.ones((height, width), np.float32)
-    cells = Image.fromarray(((values - low) / (high - low)).astype(np.float32))
+    if not high > 0:
+        return np.zeros((height, width), np.float32)
+    dark = low / high / 2  # (1 - c) / 2
+    cells = Image.fromarray((dark + (values - low) / high).astype(np.float32))
     return np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
 def shine(
     pixels: UInt8[np.ndarray, "h w 3"], values: Float[np.ndarray, "g g"]
 ) -> UInt8[np.ndarray, "h w 3"]:  # fmt: skip
-    """The image with light where the map is high, and dimmed, not hidden, where it is low. The map counts over its own
-    range, and is spread over the whole image, whatever the size of both."""
+    """The image with light where the map is high, and dimmed, not hidden, where it is low, as `light` has it. The map
+    is spread over the whole image, whatever the size of both."""
     lit = light(values, *pixels.shape[:2])[:, :, None]
     seen = pixels * (SHADOW + (1 - SHADOW) * lit) * (1 - lit**2 * (1 - WARM))
     dark = 1 - pixels.max(axis=2, keepdims=True) / np.float32(255)  # what light cannot brighten, it tints
@@ -95,13 +102,17 @@ def embed(pixels: UInt8[np.ndarray, "h w 3"], *, exact: bool = False) -> Thumbna
 
 
 def side_by_side(panes: Sequence[tuple[UInt8[np.ndarray, "s s 3"], str]], lead: int = 6) -> Image.Image:
-    """A picture to be shared: panes of one size in a row, with what they are below each, in lead."""
+    """A picture to be shared: panes of one size in a row, in lead, with what they are below each: a line of words, or
+    several."""
     side = panes[0][0].shape[0]
     glass = window([pane for pane, _ in panes], len(panes), lead)
-    picture = Image.new("RGB", (glass.shape[1], glass.shape[0] + LINE + lead), LEAD)
+    below = LINE * max(len(words.splitlines()) for _, words in panes)
+    picture = Image.new("RGB", (glass.shape[1], glass.shape[0] + below + lead), LEAD)
     picture.paste(Image.fromarray(glass))
     pen = ImageDraw.Draw(picture)
     for place, (_, words) in enumerate(panes):
-        line, font = fitted(words, 15, side)
-        pen.text((lead + place * (side + lead), glass.shape[0]), line, (250, 249, 246), font)
+        for number, text in enumerate(words.splitlines()):
+            line, font = fitted(text, 15, side)
+            at = lead + place * (side + lead), glass.shape[0] + LINE * number
+            pen.text(at, line, SOFT if number else WORDS, font)
     return picture

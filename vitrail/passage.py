@@ -38,7 +38,7 @@ class Passage:
     """
 
     def __init__(
-        self, model: VisionTransformer, images: Float[Tensor, "B 3 S S"], layers: Collection[int] | None = None
+        self, model: VisionTransformer, images: Float[Tensor, "B 3 S S"], layers: int | Collection[int] | None = None
     ) -> None:
         self.model = model
         self.layers = list(model.each_block(images, layers))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitrail import __version__, cache
 from vitrail.archives import cache_root
 from vitrail.batches import evaluation_batches
-from vitrail.cache import Images
+from vitrail.cache import Images, Split
 from vitrail.checkpoint import Run, read_tensors, write_tensors
 from vitrail.config import Colours
 from vitrail.environment import commit
@@ -32,8 +32,8 @@ from vitrail.evaluate import own_images, pick_device
 from vitrail.floor import faster_precision
 from vitrail.formats import HEAD
 from vitrail.models import Model
-from vitrail.pixels import Pixels
-from vitrail.progress import track
+from vitrail.pixels import pixels_of
+from vitrail.progress import counted, track
 from vitrail.weights import build, digest, is_run, read
 
 SHOTS = (1, 5, 10, 25)  # training images a class
@@ -101,7 +101,8 @@ def probe(source: Path, data: str | None = None, shots: Sequence[int] | None = N
     size = model.config.image_size
     run = Run(source)
     if data is None:
-        dataset = cache.load(own_images(run), size, holdout=run.recipe().recipe.holdout)
+        own, recipe = own_images(run), run.recipe().recipe
+        dataset = cache.load(own, size, holdout=recipe.holdout, stream=recipe.stream)
     else:
         dataset = cache.load(data, size)
     train, judged = dataset.splits["train"], dataset.splits[dataset.evaluation]
@@ -160,7 +161,7 @@ def choose_shots(
     fewest = int(counts.min())
     wanted = sorted(set(shots if shots is not None else [1, *(n for n in SHOTS if n <= fewest)]))
     if wanted[-1] > fewest:
-        where = f"{name} has {fewest} training images of the class {classes[int(counts.argmin())]}"
+        where = f"{name} has {counted(fewest, 'training image')} of the class {classes[int(counts.argmin())]}"
         raise BadInput(f"{where}, and --shots {wanted[-1]} takes as many of each; take at most {fewest}.")
     return wanted
 
@@ -176,10 +177,10 @@ class Extractor:
     std: Colours
 
     @torch.inference_mode()
-    def features(self, images: Images, size: int) -> Float[Tensor, "N D"]:
+    def features(self, images: Split, size: int) -> Float[Tensor, "N D"]:
         """What the model gives of each image's centre, a square of `size` pixels: on the processor, in float32."""
         found = []
-        pixels = Pixels(images, size, self.device)
+        pixels = pixels_of(images, size, self.device)
         with track(len(pixels), "features", "images") as advance:
             for batch, labels in evaluation_batches(pixels, BATCH, self.mean, self.std):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -188,7 +189,7 @@ class Extractor:
                 advance(len(labels))
         return torch.cat(found)
 
-    def cached(self, images: Images) -> Float[Tensor, "N D"]:
+    def cached(self, images: Split) -> Float[Tensor, "N D"]:
         """The same at the size that the model is for, from the cache if the same weights have seen the same images by
         the same version of the program."""
         assert isinstance(self.model, Model)
@@ -199,8 +200,11 @@ class Extractor:
         return kept(cache_root() / "features" / f"{key}.safetensors", lambda: self.features(images, config.image_size))
 
 
-def of_images(images: Images) -> str:
-    """A digest of the pixels of images, in their order."""
+def of_images(images: Split) -> str:
+    """A digest of the pixels of images, in their order; of those that are streamed, of what they are called."""
+    if not isinstance(images, Images):
+        called = (images.decoders.storage.fingerprint(), images.decoders.image_size, images.names)
+        return hashlib.blake2b(repr(called).encode(), digest_size=16).hexdigest()
     hashed = hashlib.blake2b(images.sizes.tobytes(), digest_size=16)
     for index in range(len(images)):
         hashed.update(images.image(index).ravel().data)

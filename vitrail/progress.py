@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vitrail.errors import speaks
+
 REDRAW = 0.1  # seconds between two redraws on a terminal
 REPORT = 10.0  # seconds between two lines elsewhere, of work that is counted
 TRAINING_REPORT = 60.0  # and of training, which leaves a line an epoch anyway
@@ -36,12 +38,18 @@ class Advance(Protocol):
 
 def on_terminal() -> bool:
     """Whether stderr is a terminal on which a line can be redrawn."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+    return speaks() and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def say(text: str) -> None:
     """One plain line on stderr, above what is live there."""
-    print(text, file=sys.stderr, flush=True)
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """`1 image`, `1,438 images`; `several` is the plural of a word that has none in -s: `1 class`, `200 classes`."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def duration(seconds: float) -> str:

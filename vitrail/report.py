@@ -15,9 +15,10 @@ import jinja2
 
 from vitrail import __version__, pictures
 from vitrail.cache import Dataset
+from vitrail.calibration import CALIBRATION_BINS
 from vitrail.checkpoint import read_about, write_text
 from vitrail.curves import charts, compared, original
-from vitrail.evaluate import CALIBRATION_BINS
+from vitrail.errors import BadInput
 from vitrail.gallery import scored
 from vitrail.pictures import figures, moment, number, percent
 from vitrail.progress import duration
@@ -27,26 +28,46 @@ from vitrail.settings import Recipe
 from vitrail.snapshot import write_snapshot
 from vitrail.views import SEEN, VIEWS, reconstructed, samples, tiles
 
+PICTURE = "<img "
 SEEN_LIMIT = 300_000  # characters that training images, and what augmentation makes of them, take at most
 
 
-def write_report(run: Path, dataset: Dataset | None) -> Path:
+def write_report(run: Path, dataset: Dataset | None, why_none: str = "") -> Path:
     """Write `run/report.html`, at once or not at all, and return its path; of a run that is done, `run/results.png`
     too, a picture of it to be shown around.
 
     It can be written while the run goes on: it then has the curves so far. `dataset` is what the run was evaluated
-    on, for the pictures; without it the page says why there are none.
+    on, for the pictures; without it the page says that there are none, and `why_none` may say why.
 
     Raises:
-        BadInput: `run` is no run folder.
+        BadInput: `run` is no run folder, or the images are not to be had, and there is a page that has some.
     """
     record = read(run)
     split = split_of(record, dataset)
     told = scored(record, dataset, split)
-    write_text(run / "report.html", render(record, dataset, told, its_own=is_its_own(run, dataset)))
+    its_own = is_its_own(run, dataset)
+    html = render(record, dataset, told, its_own=its_own)
+    if not its_own or (told and told["no_pictures"]):
+        why_none = why_none or (told["no_pictures"] if told else "")
+        another = "" if dataset is None else "The data set is another than the run was trained on."
+        keep_pictures(run / "report.html", html, why_none or another)
+    write_text(run / "report.html", html)
     if record.results and record.settings:
         write_snapshot(run / "results.png", record, told, charts(record, split))
     return run / "report.html"
+
+
+def keep_pictures(page: Path, html: str, why: str) -> None:
+    """Make sure that a page with pictures does not give way to one that has fewer, for they could not be made again.
+
+    Raises:
+        BadInput: it would.
+    """
+    if page.is_file() and page.read_text(encoding="utf-8").count(PICTURE) > html.count(PICTURE):
+        raise BadInput(
+            f"{page} has pictures that a new page would be without, and is left as it is; delete it to have one all "
+            f"the same. {why}".rstrip()
+        )
 
 
 def is_its_own(run: Path, dataset: Dataset | None) -> bool:

@@ -4,14 +4,19 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitrail.checkpoint import Run
+import torch
+from torch import Tensor, nn
+
+from vitrail.checkpoint import Run, check_shapes
 from vitrail.errors import BadInput
+from vitrail.parallel import like
 from vitrail.progress import say
 from vitrail.recipes import Resolved, resolve
+from vitrail.world import World, job
 
 
 @dataclass
@@ -67,13 +72,15 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
         was = getattr(resolved.recipe, setting, None)
         if resolved.set_by.get(setting) == "machine" and value == "auto":
             continue
-        # Where the images and the processor are may change between two stretches; what is computed may not.
-        if setting not in ("data", "device") and was != value:
+        # Where the images and the processors are, and how these share the work, may change between two stretches; what
+        # is computed may not.
+        if setting not in ("data", "device", "parallel", "stream") and was != value:
             raise BadInput(
                 f"{run.path} was started with {setting} = {was}, and a resumed run keeps its settings; "
                 f"leave --{setting.replace('_', '-')} out, or train anew."
             )
-    return run, resolved
+    now = {name: settings[name] for name in ("parallel", "stream") if name in settings}
+    return run, replace(resolved, recipe=replace(resolved.recipe, **now))
 
 
 def latest(name: str | None, *, pretrained: bool) -> Path:
@@ -94,6 +101,21 @@ def latest(name: str | None, *, pretrained: bool) -> Path:
         what = f"{'pre-training ' if pretrained else ''}run{f' of {name}' if name else ''}"
         raise BadInput(f"there is no {what} in runs/; say which with --output RUN.")
     return next((path for path in reversed(runs) if not (path / "results.json").is_file()), runs[-1])
+
+
+def begun_by_job(wanted: Path, world: World) -> Path | None:
+    """The run that this job of torchrun has begun in `wanted`, or with a number behind that name, and not ended:
+    torchrun starts the processes of a job again where one of them was lost, or where machines come or go."""
+    found = ""
+    if world.first and (name := job()) is not None:
+        states = sorted(
+            wanted.parent.glob(f"{wanted.name}*/last/state.safetensors"), key=lambda state: state.stat().st_mtime
+        )
+        runs = [Run(state.parent.parent) for state in states]
+        of_job = [run.path for run in runs if (run.launches() or [{}])[-1].get("job") == name]
+        found = next((str(path) for path in reversed(of_job) if not (path / "results.json").is_file()), "")
+    found = world.told(found)
+    return Path(found) if found else None
 
 
 @contextlib.contextmanager
@@ -124,6 +146,38 @@ def in_use(run: Run) -> bool:
         return True
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is saved of what is trained: the weights, the optimizer's state, and the running average of the weights by
+    their names (empty if there is none)."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for name, weight in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
+    return tensors
+
+
+def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> Progress:
+    """Put the saved state of a run into a model, its optimizer and the average of its weights.
+
+    Raises:
+        BadInput: there is no state, it is damaged, or it is of a model of another shape.
+    """
+    tensors, progress = run.read_state()
+    for prefix, own in (("model.", model.state_dict()), ("average.", average)):
+        found = {name.removeprefix(prefix): saved for name, saved in tensors.items() if name.startswith(prefix)}
+        check_shapes(own, found, run.path / "last" / "state.safetensors")
+        for name, tensor in own.items():
+            tensor.copy_(like(found[name], tensor))
+    for name, weight in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                # Adam counts its steps in a tensor without dimensions, which fused kernels want on the device too.
+                part = like(value, weight) if value.shape == weight.shape else value.to(weight.device)
+                optimizer.state[weight][key.removeprefix(prefix)] = part
+    return Progress(**progress)
+
+
 def check_images(run: Run, then: Progress, now: str) -> None:
     """Compare the images that a run was started with to those that are there.
 
@@ -139,8 +193,8 @@ def check_images(run: Run, then: Progress, now: str) -> None:
 
 def compare_launches(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Say what has changed since a run's last stretch, if it may change the last bits of sums."""
-    for what in ("cpu", "gpu", "threads", "torch", "vitrail"):
-        if before.get(what) != now.get(what):
+    for what in ("cpu", "gpu", "threads", "processes", "torch", "vitrail"):
+        if before.get(what, now.get(what)) != now.get(what):  # what older versions did not note is no change
             say(
                 f"{what} is {now.get(what)}, and was {before.get(what)}: "
                 f"the run goes on, but may not end with the bits that it would have had."

@@ -6,13 +6,19 @@ import re
 import statistics
 import string
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitrail.archives import SUFFIXES
+from vitrail.checkpoint import Run
 from vitrail.errors import BadInput
+from vitrail.models import build
+from vitrail.progress import counted
 from vitrail.record import Record, read, read_log
 from vitrail.settings import SIZES
 
@@ -38,7 +44,7 @@ class Judged:
     @property
     def images(self) -> str:
         """`359 test images`; of a run that is not finished, nothing."""
-        return f"{self.count:,} {PROSE.get(self.split or '', self.split)} images" if self.classes else ""
+        return counted(self.count, f"{PROSE.get(self.split or '', self.split)} image") if self.classes else ""
 
     def __str__(self) -> str:
         return ", ".join(filter(None, [self.dataset, self.images]))
@@ -84,7 +90,17 @@ class Entry:
         if self.record.results:
             return self.record.results
         last = self.record.epochs[-1]
-        return last | {"epochs": last["epoch"], **{name: last.get(f"val_{name}") for name in ("top1", "top5", "loss")}}
+        found = {name: last.get(f"val_{name}") for name in ("top1", "top5", "loss")}
+        return last | found | {"epochs": last["epoch"], "parameters": self.parameters}
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the model in the run folder; None where there is none yet, as with a log."""
+        if self.log:
+            return None
+        with suppress(BadInput), torch.device("meta"):
+            return sum(weight.numel() for weight in build(Run(self.where).config()[0]).parameters())
+        return None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The loop around the training steps: evaluation after each epoch, checkpoints on the way, figures at the end."""
 
-import json
 import math
 import shlex
+import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.batches import TrainingBatches
+from vitrail.books import Books
 from vitrail.cache import Dataset
-from vitrail.checkpoint import Run, read_about, write_tensors, write_text
+from vitrail.checkpoint import Run, read_about
 from vitrail.config import HALF, Colours
 from vitrail.environment import program
 from vitrail.errors import Diverged, Stopped
@@ -22,16 +24,17 @@ from vitrail.evaluate import Judgement, judge_classes, predict_split
 from vitrail.model import VisionTransformer
 from vitrail.models import Model
 from vitrail.optimize import RunningAverage, learning_rate
-from vitrail.pixels import Pixels
+from vitrail.parallel import finite, ordinary, replicate, whole
+from vitrail.pixels import pixels_of
 from vitrail.pretraining import Pretraining, Trainee, judge_reconstruction
 from vitrail.process import peak_memory
-from vitrail.progress import TrainingDisplay, say
+from vitrail.progress import counted, say
 from vitrail.recipes import Resolved
-from vitrail.report import write_report
-from vitrail.resume import Progress
+from vitrail.resume import Progress, state_of
 from vitrail.step import train_step
-from vitrail.track import Trackers, looked_at, training_images
+from vitrail.track import looked_at
 from vitrail.trackers import Tracker
+from vitrail.world import ALONE, World
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
 LOOKING = 0.01  # share of training's time that pictures of what the model looks at may take beside it,
@@ -65,6 +68,8 @@ class Session:
     mean: Colours = HALF  # what images are normalised by
     std: Colours = HALF
     tracker: Tracker | None = None
+    world: World = ALONE
+    books: Books | None = None  # of one of the processes
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
     images_per_second: float = 0.0  # of the latest steps
     evaluation_seconds: float = 0.0  # that the last one took
@@ -73,11 +78,11 @@ class Session:
     def __post_init__(self) -> None:
         self.recipe = self.resolved.recipe
         train, judged = self.dataset.splits["train"], self.dataset.splits[self.dataset.evaluation]
-        pixels = Pixels(train, self.recipe.image_size, self.device)
-        same_bytes = pixels if judged.pixels is train.pixels else None
-        self.batches = TrainingBatches(pixels, self.recipe, self.mean, self.std)
+        pixels = pixels_of(train, self.recipe.image_size, self.device)
+        self.batches = TrainingBatches(pixels, self.recipe, self.mean, self.std, self.world)
         self.batches.divided_by = max(self.recipe.accumulate, self.progress.parts)
-        self.judged = Pixels(judged, self.recipe.image_size, self.device, beside=same_bytes)
+        self.judged = pixels_of(judged, self.recipe.image_size, self.device, beside=pixels)
+        self.trained = replicate(self.model, self.recipe, self.world)
         self.parameters = sum(weight.numel() for weight in self.shipped.parameters())
         self.saved = self.read = time.perf_counter()
 
@@ -106,13 +111,13 @@ class Session:
             say(f"going on with {self.run.path} at step {self.progress.step:,} of {self.batches.steps:,}")
         say(
             f"{self.resolved.name} ({self.parameters:,} parameters) on {self.dataset.name}: {images:,} training and "
-            f"{len(self.judged):,} {self.dataset.evaluation} images of {len(self.dataset.classes)} classes, "
+            f"{counted(len(self.judged), f'{self.dataset.evaluation} image')} of {len(self.dataset.classes)} classes, "
             f"{self.device.type}, {self.recipe.precision} → {self.run.path}"
         )
         if batch > images:
             say(
-                f"a batch of {batch} is more than the {images} images there are: {self.recipe.epochs} epochs are "
-                f"{self.batches.steps} steps, and a smaller --batch-size would learn more"
+                f"a batch of {batch} is more than the {images} images there are: {counted(self.batches.steps, 'step')} "
+                f"in {counted(self.recipe.epochs, 'epoch')}, and a smaller --batch-size would learn more"
             )
 
     def fit(self, last_epoch: int, stopped: list[int]) -> Result:
@@ -124,53 +129,55 @@ class Session:
         epochs_done = next((e for e in range(last_epoch) if batches.first_step(e + 1) > at), last_epoch)
         judgement: Judgement | None = None
         if at and epochs_done == last_epoch:
-            say(f"its {last_epoch} epochs are done: nothing is trained, its figures and page are written anew")
-        self.run.go_back(at)
+            done = f"{counted(last_epoch, 'epoch')} {'is' if last_epoch == 1 else 'are'} done"
+            say(f"its {done}: nothing is trained, its figures and page are written anew")
+        if self.world.first:
+            self.books = Books(self.run, self.resolved, self.dataset, self.tracker, at)
         if progress.step == 0:
             self.save()  # so that there is something to resume from, however early the end comes
-        with Trackers(self.run, self.resolved, at, self.tracker) as trackers:
-            if at == 0:
-                trackers.picture("training images", training_images(self.dataset, self.recipe), 0)
-            with TrainingDisplay(self.run.path / "progress.json") as display:
-                for epoch in range(epochs_done, last_epoch):
-                    self.train_epoch(epoch, display, stopped)
-                    if progress.counted:  # where a batch holds more images than there are, some epochs have no step
-                        judgement = self.end_epoch(epoch, display, trackers, last=epoch + 1 == last_epoch)
-                self.save(page=False)  # which is written with the figures
-                result = self.finish(judgement if judgement is not None else self.evaluate())
-            trackers.results(result.results, progress.step)
-            return result
+        with self.books or nullcontext():
+            for epoch in range(epochs_done, last_epoch):
+                self.train_epoch(epoch, stopped)
+                if progress.counted:  # where a batch holds more images than there are, some epochs have no step
+                    judgement = self.end_epoch(epoch, last=epoch + 1 == last_epoch)
+            self.save(page=False)  # which is written with the figures
+            return self.finish(judgement if judgement is not None else self.evaluate())
 
-    def train_epoch(self, epoch: int, display: TrainingDisplay, stopped: list[int]) -> None:
+    def train_epoch(self, epoch: int, stopped: list[int]) -> None:
         """The steps of an epoch (from 0) that are still to be done."""
-        progress, batches, recipe = self.progress, self.batches, self.recipe
+        progress, batches = self.progress, self.batches
         end = batches.first_step(epoch + 1)
         began = self.read = time.perf_counter()
         for step in range(progress.step, end):
-            if stopped:
-                if self.pending:  # the signal came after they were looked for
+            to_stop, to_save = self.world.any(bool(stopped), began - self.saved >= self.checkpoint_every)
+            if to_stop or to_save:
+                if self.pending:  # a signal came after they were looked for, or another process wants to save
                     self.read_outcomes()
                     progress.spend(time.perf_counter() - began)
                 self.save()
-                self.stop(stopped[0])
-            self.pending.append(train_step(self.model, self.optimizer, batches, step))
+                if to_stop:
+                    self.stop(stopped[0] if stopped else signal.SIGTERM)
+                began = self.read = time.perf_counter()
+            self.pending.append(train_step(self.trained, self.optimizer, batches, step))
             self.average.update(step)
             progress.step = step + 1
             now = time.perf_counter()
-            to_save = now - self.saved >= self.checkpoint_every
-            if to_save or progress.step == end or now - self.read >= READ_EVERY or stopped:
+            due = now - self.saved >= self.checkpoint_every
+            if due or progress.step == end or now - self.read >= READ_EVERY or stopped:
                 loss, accuracy = self.read_outcomes()  # which waits for the device, and so belongs to the time
                 progress.spend(time.perf_counter() - began)
-                epochs = progress.step / batches.steps * recipe.epochs
-                learnt = f"loss {loss:.3f}"
-                if not isinstance(self.model, Pretraining):
-                    learnt += f" · accuracy {accuracy:.3f}"
-                display.update(
-                    progress.step, batches.steps, epochs, recipe.epochs, learnt, self.images_per_second, self.left
-                )
-                if to_save:
-                    self.save()
+                self.show(loss, accuracy)
                 began = self.read = time.perf_counter()
+
+    def show(self, loss: float, accuracy: float) -> None:
+        """Say how far the run is, and what the latest steps gave."""
+        if self.books is None:
+            return
+        step, steps, epochs = self.progress.step, self.batches.steps, self.recipe.epochs
+        learnt = f"loss {loss:.3f}"
+        if not self.recipe.self_supervised:
+            learnt += f" · accuracy {accuracy:.3f}"
+        self.books.display.update(step, steps, step / steps * epochs, epochs, learnt, self.images_per_second, self.left)
 
     def read_outcomes(self) -> tuple[float, float]:
         """Read what the last steps gave: mean loss and accuracy of them, which are also added to the epoch's.
@@ -194,7 +201,7 @@ class Session:
         self.progress.counted += len(outcomes)
         return losses / len(outcomes), correct / (len(outcomes) * self.recipe.batch_size)
 
-    def end_epoch(self, epoch: int, display: TrainingDisplay, trackers: Trackers, *, last: bool) -> Judgement:
+    def end_epoch(self, epoch: int, *, last: bool) -> Judgement:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
         progress, recipe = self.progress, self.recipe
         began = time.perf_counter()
@@ -210,34 +217,37 @@ class Session:
             "samples_seen": self.samples_seen,
             "lr": learning_rate(recipe, progress.step - 1, self.batches.steps),
             "train_loss": progress.loss / progress.counted,
-            **({} if isinstance(self.model, Pretraining) else {"train_accuracy": accuracy}),
+            **({} if recipe.self_supervised else {"train_accuracy": accuracy}),
             **{f"val_{name}": value for name, value in found.items()},
             "train_seconds": progress.train_seconds,
             "images_per_second": progress.counted * recipe.batch_size / progress.epoch_seconds,
             "input_share": progress.input_seconds / progress.train_seconds,
         }
-        self.run.add_metrics(metrics)
-        if last or progress.train_seconds >= max(self.look_at, EARLY):
-            self.look(trackers)
-        trackers.scalars(metrics, progress.step)
-        top1 = f"top-1 {found['top1']:.4f}  " if "top1" in found else ""
-        display.line(
-            f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} loss "
-            f"{found['loss']:.4f}  {top1}{metrics['images_per_second']:,.0f} images/s, "
-            f"input {metrics['input_share']:.1%}"
-        )
+        if any(self.world.any(last or progress.train_seconds >= max(self.look_at, EARLY))):
+            self.look()
+        if self.books is not None:
+            self.books.metrics(metrics, progress.step)
+            top1 = f"top-1 {found['top1']:.4f}  " if "top1" in found else ""
+            self.books.display.line(
+                f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} "
+                f"loss {found['loss']:.4f}  {top1}{metrics['images_per_second']:,.0f} images/s, "
+                f"input {metrics['input_share']:.1%}"
+            )
         progress.begin_epoch()
         return judgement
 
-    def look(self, trackers: Trackers) -> None:
+    def look(self) -> None:
         """Show what the model looks at in a few images, and see to it that doing so again waits for its share of the
         time."""
         if not isinstance(self.shipped, VisionTransformer):  # a ResNet has no attention
             return
         began = time.perf_counter()
         with self.average.in_place():
-            picture = looked_at(self.shipped, self.judged, self.mean, self.std)
-        trackers.picture("attention", picture, self.progress.step)
+            model = ordinary(self.shipped, self.world)
+            assert isinstance(model, VisionTransformer)
+            if self.books is not None:
+                picture = looked_at(model, self.judged, self.mean, self.std)
+                self.books.picture("attention", picture, self.progress.step)
         self.look_at = self.progress.train_seconds + (time.perf_counter() - began) / LOOKING
 
     def evaluate(self) -> Judgement:
@@ -247,8 +257,9 @@ class Session:
                 judgement = judge_reconstruction(self.model, self.judged, self.recipe)
             else:
                 predictions = predict_split(
-                    self.model, self.judged, precision=self.recipe.precision, mean=self.mean, std=self.std
-                )
+                    self.model, self.judged, precision=self.recipe.precision, mean=self.mean, std=self.std,
+                    world=self.world,
+                )  # fmt: skip
                 judgement = judge_classes(predictions, self.dataset.classes)
         self.model.train()
         return judgement
@@ -259,15 +270,19 @@ class Session:
         Raises:
             Diverged: they are not.
         """
-        for name, weight in self.model.named_parameters():
-            if not weight.isfinite().all():
-                self.diverged(f"{name} is no longer finite after step {self.progress.step}")
+        bad = [name for name, weight in self.model.named_parameters() if not finite(weight)]
+        if any(self.world.any(bool(bad))):
+            self.diverged(f"{bad[0] if bad else 'a weight'} is no longer finite after step {self.progress.step}")
         self.count()
+        state = whole(state_of(self.model, self.optimizer, self.average.weights), self.world)
         with self.average.in_place():
-            self.run.save_model(self.shipped, self.dataset.classes, self.mean, self.std)
-        self.run.save_state(self.model, self.optimizer, self.average.weights, self.progress.as_dict())
-        if page:
-            write_report(self.run.path, self.dataset)
+            model = ordinary(self.shipped, self.world)
+            if self.books is not None:
+                self.run.save_model(model, self.dataset.classes, self.mean, self.std)
+        if self.books is not None:
+            self.run.save_state(state, self.progress.as_dict())
+            if page:
+                self.books.page()
         self.saved = time.perf_counter()
 
     def count(self) -> None:
@@ -319,7 +334,6 @@ class Session:
         }
         if "per_class" in results:
             results["per_class"] = results.pop("per_class")  # last, for it is long
-        write_tensors(self.run.path / f"{judgement.name}.safetensors", judgement.arrays)
-        write_text(self.run.path / "results.json", json.dumps(results, indent=2) + "\n")
-        write_report(self.run.path, self.dataset)
+        if self.books is not None:
+            self.books.results(results, judgement, progress.step)
         return Result(self.run.path, results)

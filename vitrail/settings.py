@@ -69,8 +69,11 @@ class Recipe:
     """
 
     # The images
-    data: str = setting("digits", "digits, tiny-imagenet, cifar-10, cifar-100, a folder, or a .zip / .tar archive")
+    data: str = setting("digits", "digits, tiny-imagenet, cifar-10, cifar-100, a folder, a .zip / .tar, or hf:NAME")
     holdout: float = setting(0.0, "tune on this share of the training images, held out, instead of the real split")
+    stream: bool = setting(
+        False, "decode images as they are needed instead of once: for more of them than the disk holds"
+    )
     image_size: int = setting(64, "side of the square that the model sees, in pixels")
     # The papers: 2404.00498 (flip alternate), 1409.4842 (resized_crop), 2204.07118, 1909.13719 and 2103.10158 (policy),
     # 1708.04896 (erase), 1710.09412 (mixup), 1905.04899 (cutmix), 1901.09335 (repeats). augment.py and batches.py say
@@ -130,7 +133,7 @@ class Recipe:
     # The optimisation
     epochs: int = setting(100, "passes over the training images")
     batch_size: int = setting(200, "images a step")
-    accumulate: int = setting(1, "work through each batch in this many parts, to save memory (cuda finds it by itself)")
+    accumulate: int = setting(1, "work through each batch in this many parts, to save memory (cuda and cpu find it)")
     checkpoint_activations: bool = setting(
         False, "keep only what enters each block, and compute the rest again: less memory, a third more time"
     )
@@ -168,6 +171,9 @@ class Recipe:
     # Where and how
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: cuda, else mps, else cpu")
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", "each of the processes that torchrun started has the whole model, or, for large ones, a part of it"
+    )
     compile: bool = setting(False, "have torch compile the model: a slow start, then faster steps on a GPU")
     precision: Precision = setting(
         "fp32", "of the matrix products; weights and sums stay fp32. auto: bf16 where its products are the faster ones"

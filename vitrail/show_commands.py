@@ -25,7 +25,7 @@ SHOWING = (
 def take_data(parser: Parser, argv: Sequence[str]) -> None:
     """The data set, and how its images are augmented."""
     parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
-    parser.add_argument("data", metavar="D", help="digits, tiny-imagenet, a folder, or a .zip / .tar archive")
+    parser.add_argument("data", metavar="D", help="digits, tiny-imagenet, a folder, a .zip / .tar archive, or hf:NAME")
     add_json(parser)
     what = "with --augmented: training images as they are shown by a recipe, or with other settings than it has"
     group = parser.add_argument_group(what)
@@ -62,25 +62,28 @@ def draw_augmented(data: str, name: str, output: Path | None, settings: dict[str
 
     from vitrail import cache
     from vitrail.checkpoint import write
+    from vitrail.progress import counted
     from vitrail.views import samples, sheet
 
     mark = "vitrail data --augmented"
     if output is not None:
         check_output(output, mark, "augmented.png")
-    dataset = cache.load(data, recipe.image_size, holdout=recipe.holdout)
+    dataset = cache.load(data, recipe.image_size, holdout=recipe.holdout, stream=recipe.stream)
     if output is None:
         output = Path(re.sub(r"[^\w.-]", "_", dataset.name) + "-augmented.png")
         check_output(output, mark, "augmented.png")
     default = Recipe()
     changed = [key for key in SHOWING[1:-1] if getattr(recipe, key) != getattr(default, key)]
-    said = ", ".join(f"{key} {shown(getattr(recipe, key))}" for key in changed)
-    title = f"{dataset.name} by the recipe {name}, seed {recipe.seed}: {said or 'no augmentation'}"
+    said = ", ".join(f"{key} {shown(getattr(recipe, key))}" for key in changed if key not in ("image_size", "stream"))
+    size = f"{recipe.image_size} × {recipe.image_size} pixels"
+    title = f"{dataset.name} at {size} by the recipe {name}, seed {recipe.seed}: {said or 'no augmentation'}"
     rows = samples(dataset.splits["train"], recipe, IMAGES, VIEWS)
     about = PngInfo()
     about.add_text("Software", mark)
     picture = sheet(title, rows, dataset.classes)
     write(output, lambda file: picture.save(file, "PNG", pnginfo=about))
-    return f"{output}\n{len(rows)} training images, and {VIEWS} views of each. {title}"
+    others = "" if settings.get("image_size") else " (--recipe and --image-size choose others)"
+    return f"{output}\n{counted(len(rows), 'training image')}, and {VIEWS} views of each{others}. {title}"
 
 
 def take_compare(parser: Parser, argv: Sequence[str]) -> None:
@@ -113,7 +116,7 @@ def take_draw(parser: Parser, argv: Sequence[str]) -> None:
     """What is drawn, and where it goes."""
     what = "a name from vitrail variants, a run folder, or anything else that vitrail import takes"
     parser.add_argument("model", metavar="MODEL", help=what)
-    parser.add_argument("--output", type=Path, metavar="FILE", required=True, help="an SVG, such as model.svg")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where it goes, an SVG (NAME.svg)")
     parser.add_argument("--image", type=Path, metavar="IMAGE", help="what is cut into patches (a stained-glass window)")
     size = "side of the images, in pixels (the run's; 224 for a name)"
     parser.add_argument("--image-size", type=at_least_one, metavar="N", help=size)
@@ -121,16 +124,17 @@ def take_draw(parser: Parser, argv: Sequence[str]) -> None:
 
 def do_draw(args: argparse.Namespace) -> str:
     """Draw a model as the paper's figure 1 does."""
-    check_svg(args.output)
     from vitrail.checkpoint import write_text
     from vitrail.drawing import MARK, draw, named
     from vitrail.evaluate import read_files
 
-    check_output(args.output, MARK, "model.svg")
     model, name, classes = named(args.model, args.image_size)
+    output = args.output or Path(re.sub(r"[^\w.-]", "-", name) + ".svg")
+    check_svg(output)
+    check_output(output, MARK, "model.svg")
     image = read_files([args.image], model.config.image_size).image(0) if args.image else None
-    write_text(args.output, draw(model, name, classes, image))
-    return str(args.output)
+    write_text(output, draw(model, name, classes, image))
+    return str(output)
 
 
 def take_variants(parser: Parser, argv: Sequence[str]) -> None:

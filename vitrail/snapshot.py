@@ -94,7 +94,7 @@ def draw(record: Record, told: dict[str, Any] | None, charts: Sequence[Chart]) -
     wide = (WIDTH - MARGIN - COLUMN) / max(len(curves), 1)
     for place, chart in enumerate(curves):
         plot(canvas, chart, COLUMN + wide * place, 178, wide - 20, (590 if tiles else 800) - 178)
-    row(canvas, tiles)
+    row(canvas, tiles, how_chosen(record, told))
     commit = (record.launches[-1] if record.launches else LAUNCH)["commit"]
     said = " · ".join(filter(None, [asked_for(record), f"Vitrail {__version__}", commit and f"commit {commit[:12]}"]))
     canvas.write(MARGIN, 872, said, 18, SOFT, room=WIDTH - 2 * MARGIN)
@@ -221,15 +221,24 @@ def images(record: Record, told: dict[str, Any] | None) -> list[tuple[list[NDArr
     return shown
 
 
-def row(canvas: Canvas, tiles: Sequence[tuple[list[NDArray[np.uint8]], str, str]]) -> None:
-    """As many of them as have room side by side."""
+def how_chosen(record: Record, told: dict[str, Any] | None) -> str:
+    """How the pictures below come to be there: mistakes are many more of them than of all images."""
+    if record.reconstructions is not None or not (told and record.results):
+        return "taken evenly from all" if record.reconstructions is not None else ""
+    wrong = f"wrong ({number(told['mistaken'])} of {number(record.results['count'])} are)"
+    kinds = [words for words, there in (("right", told["rightest"]), (wrong, told["mistakes"])) if there]
+    return f"chosen, not typical: where it was surest and {', and surest and '.join(kinds)}"
+
+
+def row(canvas: Canvas, tiles: Sequence[tuple[list[NDArray[np.uint8]], str, str]], chosen: str) -> None:
+    """As many of them as have room side by side, and how they were chosen."""
     if not tiles:
         return
     wide = max((SIDE + SEAM) * max(len(pictures) for pictures, _, _ in tiles) - SEAM, SIDE + 40)
     several = len(tiles[0][0]) == 2
-    canvas.write(
-        MARGIN, 652, "Images it had not seen, and where it looked" if several else "Images it had not seen", 24
-    )
+    words = "Images it had not seen, and where it looked" if several else "Images it had not seen"
+    end = MARGIN + canvas.write(MARGIN, 652, words, 24)
+    canvas.write(end + 18, 652, chosen, 18, SOFT, room=WIDTH - MARGIN - end - 18)
     for place, (pictures, words, colour) in enumerate(tiles[: (WIDTH - 2 * MARGIN + BETWEEN) // (wide + BETWEEN)]):
         x = MARGIN + (wide + BETWEEN) * place
         for across, pixels in enumerate(pictures):

@@ -15,6 +15,7 @@ from vitrail.checkpoint import write_text
 from vitrail.errors import BadInput
 from vitrail.floor import forward_flops, training_flops
 from vitrail.pictures import moment
+from vitrail.progress import counted
 from vitrail.rounds import MODELS, OURS, Row
 
 COLUMNS = ("", "contender", ">median", ">lowest to highest", ">× best peer", ">of the floor", ">of the matrix rate")
@@ -119,7 +120,7 @@ def slug(environment: dict[str, Any]) -> str:
 
 def hardware(environment: dict[str, Any]) -> str:
     """The GPU, or the processor and how many cores of it there are."""
-    return environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
+    return environment["gpu"] or f"{environment['cpu']}, {counted(environment['cores'], 'core')}"
 
 
 def record(page: Path, environment: dict[str, Any]) -> Path:

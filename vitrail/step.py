@@ -5,19 +5,22 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.batches import Targets, TrainingBatches, generator, stream_seed
 from vitrail.optimize import learning_rate
-from vitrail.pretraining import Masks, Pretraining, Trainee, draw_masks
-from vitrail.progress import say
+from vitrail.parallel import synchronised
+from vitrail.pretraining import Masks, draw_masks
+from vitrail.progress import counted, say
 from vitrail.settings import Recipe
 
 
 def train_step(
-    model: Trainee, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
 ) -> Float[Tensor, "2"]:
     """One step: the learning rates, the gradient of the mean loss over the batch, an update of the weights.
+
+    The model is a `Trainee`, or one that shares the work with other processes (`parallel.replicate`).
 
     Returns the loss and the number of images recognised (none in pre-training), still on the device, so that nothing
     waits for them.
@@ -36,35 +39,37 @@ def train_step(
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             batches.divide()
-            size = recipe.batch_size // batches.divided_by
-            say(f"out of memory: each batch is now worked through in {batches.divided_by} parts of {size} images")
+            size = counted(recipe.batch_size // batches.divided_by, "image")
+            say(f"out of memory: each batch is now worked through in {batches.divided_by} parts of {size}")
     if recipe.clip is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return outcome
+    return batches.world.total(outcome)
 
 
-def gradient(model: Trainee, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
+def gradient(model: nn.Module, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
     """Leave the gradient of the mean loss over the step's batch in the weights; it does not depend on how many parts
     the batch is divided into, but for rounding, and for what dropout, stochastic depth and patch dropout draw anew for
     each part.
 
-    Returns the loss and the number of images recognised; a mixed image is, where its own class, not its partner's, is.
+    Returns this process's share of the loss, and the number of its images recognised; a mixed image is, where its own
+    class, not its partner's, is.
     """
-    recipe, device = batches.recipe, batches.pixels.device
-    torch.manual_seed(stream_seed(recipe.seed, "dropout", step))
+    recipe, device, world = batches.recipe, batches.pixels.device, batches.world
+    torch.manual_seed(stream_seed(recipe.seed, "dropout", step * world.size + world.rank))
     outcome = torch.zeros(2, device=device)
-    masks = step_masks(batches, step) if isinstance(model, Pretraining) else None
-    size = recipe.batch_size // batches.divided_by
-    for part, (images, targets) in enumerate(batches.parts(step)):
-        hidden = () if masks is None else (masks.part(slice(part * size, (part + 1) * size)),)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            answers = model(images, *hidden).float()  # a loss for each image in pre-training, else logits
-        loss = (answers.mean() if hidden else mean_loss(answers, targets, recipe)) / batches.divided_by
-        loss.backward()
+    masks = step_masks(batches, step) if recipe.self_supervised else None
+    every = batches.rows()
+    for rows, (images, targets) in zip(every, batches.parts(step), strict=True):
+        hidden = () if masks is None else (masks.part(rows),)
+        with synchronised(model, last=rows == every[-1]):
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                answers = model(images, *hidden).float()  # a loss for each image in pre-training, else logits
+            loss = (answers.mean() if hidden else mean_loss(answers, targets, recipe)) / batches.divided_by
+            loss.backward()
         correct = outcome.new_zeros(()) if hidden else (answers.detach().argmax(1) == targets.labels).sum()
-        outcome += torch.stack([loss.detach(), correct])
+        outcome += torch.stack([loss.detach() / world.size, correct])
     return outcome
 
 

@@ -16,7 +16,7 @@ from vitrail.archives import Storage
 from vitrail.cifar import unpacked
 from vitrail.images import Unreadable, locate, parse_image, read_file, to_rgb
 from vitrail.layouts import HELD_OUT, Layout, Tree, read_layout, readable_names
-from vitrail.progress import track
+from vitrail.progress import counted, track
 from vitrail.workers import work_through
 
 AT_ONCE = 64  # images that a worker looks at between two reports
@@ -163,7 +163,7 @@ def _counts(values: Iterator[str]) -> dict[str, int]:
 
 def _problems(layout: Layout, images: Sequence[_Image]) -> Iterator[Problem]:
     unreadable = [f"{image.name}: {image.look.reason}" for image in images if image.look.reason]
-    yield from _some("unreadable", "images that cannot be read; mend or remove them", unreadable)
+    yield from _some("unreadable", unreadable, "image", "that cannot be read, to be mended or removed")
     yield from _class_problems(layout)
     alike: dict[bytes, list[_Image]] = defaultdict(list)
     for image in images:
@@ -171,11 +171,12 @@ def _problems(layout: Layout, images: Sequence[_Image]) -> Iterator[Problem]:
             alike[image.look.digest].append(image)
     groups = [group for group in alike.values() if len(group) > 1]
     leaked = [_same(group) for group in groups if len({image.split for image in group}) > 1]
-    yield from _some("leaked", "pictures in more than one split; learning them by heart would pass for success", leaked)
+    passing = "in more than one split; learning by heart would pass for success"
+    yield from _some("leaked", leaked, "picture", passing)
     for split in layout.splits:
         within = [[image for image in group if image.split == split] for group in groups]
         torn = [_same(group) for group in within if len({image.folder for image in group}) > 1]
-        yield from _some("ambiguous", f"pictures in more than one class of {split}", torn)
+        yield from _some("ambiguous", torn, "picture", f"in more than one class of {split}")
 
 
 def _class_problems(layout: Layout) -> Iterator[Problem]:
@@ -188,16 +189,19 @@ def _class_problems(layout: Layout) -> Iterator[Problem]:
         if split != "train" and layout.divided:
             continue  # what it lacks is of our making: a class of one image
         having = {folder for folder, images in tree.items() if images}
-        yield from _some("empty", f"classes without images in {split}", sorted(tree.keys() - having))
-        if split != "train" and trained:
-            yield from _some("untrained", f"classes in {split}, but not in train", sorted(having - trained))
-            yield from _some("untested", f"classes in train, but not in {split}", sorted(trained - having))
+        for kind, lacking, what in (
+            ("empty", tree.keys() - having, f"without images in {split}"),
+            ("untrained", having - trained, f"in {split}, but not in train"),
+            ("untested", trained - having, f"in train, but not in {split}"),
+        ):
+            if kind == "empty" or (split != "train" and trained):
+                yield from _some(kind, sorted(lacking), "class", what, "classes")
 
 
-def _some(kind: str, what: str, names: list[str]) -> Iterator[Problem]:
-    """A problem, if it has names."""
+def _some(kind: str, names: list[str], one: str, what: str, several: str = "") -> Iterator[Problem]:
+    """A problem, if it has names; each is that of `one` thing, `several` of which are called so."""
     if names:
-        yield Problem(kind, f"{len(names):,} {what}", tuple(names))
+        yield Problem(kind, f"{counted(len(names), one, several)} {what}", tuple(names))
 
 
 def _same(group: Sequence[_Image]) -> str:
@@ -207,14 +211,15 @@ def _same(group: Sequence[_Image]) -> str:
 def show(inspection: Inspection, console: Console) -> None:
     """Prints what was found, for people."""
     total = sum(split.images for split in inspection.splits.values())
-    classes = "1 class" if len(inspection.classes) == 1 else f"{len(inspection.classes):,} classes"
-    console.print(Text(f"{inspection.name}: {total:,} image{'s' * (total > 1)} of {classes}", style="bold"))
+    classes = counted(len(inspection.classes), "class", "classes")
+    console.print(Text(f"{inspection.name}: {counted(total, 'image')} of {classes}", style="bold"))
     console.print(Text(f"classes  {_first(inspection.classes, ', ')}"))
     console.print(Text(f"sizes    {_shares(inspection.sizes)}; sides of {inspection.smallest} to {inspection.largest}"))
     console.print(Text(f"modes    {_shares(inspection.modes)}"))
     console.print(Text(f"files    {_shares(inspection.formats)}; {inspection.bytes / 1e6:,.1f} MB"))
     if inspection.left_out:
-        console.print(Text(f"left out {len(inspection.left_out):,} files: {_first(inspection.left_out, ', ', 3)}"))
+        left_out = counted(len(inspection.left_out), "file")
+        console.print(Text(f"left out {left_out}: {_first(inspection.left_out, ', ', 3)}"))
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("split", "images", "classes", "fewest a class", "median", "most"):
         grid.add_column(heading, justify="left" if heading == "split" else "right")

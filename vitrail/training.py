@@ -1,13 +1,14 @@
 """A whole training run, from a recipe to its page."""
 
 import time
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitrail import cache
+from vitrail import cache, memory
 from vitrail.additions import initialise_as_torch, zero_residuals
 from vitrail.batches import first_step
 from vitrail.checkpoint import Run
@@ -19,15 +20,27 @@ from vitrail.floor import faster_precision
 from vitrail.model import VisionTransformer
 from vitrail.models import Config, Model, build
 from vitrail.optimize import RunningAverage, build_optimizer, warmup_steps
+from vitrail.parallel import check_shares, shard
 from vitrail.pretraining import Trainee, decoder_config, with_objective
 from vitrail.process import deterministic, keep_freed_memory, stop_signals
+from vitrail.progress import counted
 from vitrail.recipes import PRETRAINING, Resolved, default_recipe, resolve
 from vitrail.resnet import ResNetConfig
-from vitrail.resume import Progress, alone, check_images, compare_launches, latest, take_up
+from vitrail.resume import (
+    Progress,
+    alone,
+    begun_by_job,
+    check_images,
+    compare_launches,
+    latest,
+    restore,
+    take_up,
+)  # fmt: skip
 from vitrail.session import Result, Session
 from vitrail.settings import Recipe, Tracking
 from vitrail.trackers import connect
 from vitrail.transfer import BASE, Start, begin, go_on
+from vitrail.world import World, join
 
 
 def train(
@@ -69,49 +82,98 @@ def train(
         run, resolved = take_up(recipe, output, settings)
         start = go_on(run, resolved)
     else:
-        run, resolved = None, resolve(recipe or default_recipe(from_weights is not None), **settings)
-        start = begin(resolved, from_weights)
-    device = pick_device(settings.get("device", start.resolved.recipe.device))
-    start = replace(start, resolved=settle(start.resolved, device))
-    resolved, chosen = start.resolved, start.resolved.recipe
+        run, start = None, begin(resolve(recipe or default_recipe(from_weights is not None), **settings), from_weights)
     check(start, stop_after)
-    tracker = connect(track)
-    dataset = cache.load(settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout)
-    check_warmup(chosen, len(dataset.splits["train"]))
-    built = build_model(chosen, len(dataset.classes), start.base)
-    start.fill(built)
-    model = to_train(built, chosen).to(device)
-    optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.ema_decay)
-    progress = Progress(images=dataset.digest())
-    launch = describe(device)
-    if run is None:  # only now: what is wrong with the input was said before anything was written
-        name = f"{resolved.name}-pretrained" if chosen.self_supervised else resolved.name
-        run = Run.create(Path(output) if output is not None else Path("runs") / name)
-        run.write_recipe(resolved)
-    with alone(run):
-        if resume:
-            then = Progress(**run.load_state(model, optimizer, average.weights))
-            check_images(run, then, progress.images)
-            compare_launches((run.launches() or [launch])[-1], launch)
-            progress = then
-        run.note_launch({"step": progress.step, **launch})
-        if device.type == "cpu":
-            keep_freed_memory()
-        session = Session(
-            run, resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began, start.mean,
-            start.std, tracker,
-        )  # fmt: skip
-        session.announce()
-        with deterministic(device), stop_signals() as stopped:
+    device = pick_device(settings.get("device", start.resolved.recipe.device))
+    with join(device) as world:
+        wanted = Path(output) if output is not None else Path("runs") / run_name(start.resolved)
+        if run is None and (lost := begun_by_job(wanted, world)) is not None:
+            run, resolved = take_up(None, lost, settings)
+            start = go_on(run, resolved)
+        start = settle(start, device, world)
+        chosen = start.resolved.recipe
+        check_shares(chosen, world)
+        tracker = connect(track) if world.first else None
+        dataset = world.after_first_here(
+            lambda: cache.load(
+                settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout, stream=chosen.stream
+            )
+        )
+        check_warmup(chosen, len(dataset.splits["train"]))
+        model = learner(start, len(dataset.classes), device, world)
+        optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.ema_decay)
+        if new := run is None:  # only now: what is wrong with the input was said before anything was written
+            run = create(wanted, start.resolved, world)
+        with (
+            alone(run) if world.first else nullcontext(),
+            closing(dataset),
+            deterministic(device),
+            stop_signals() as stopped,
+        ):
+            progress = Progress(images=dataset.digest())
+            if not new:
+                progress = go_back(run, model, optimizer, average, progress.images, device, world)
+            if world.first:
+                run.note_launch({"step": progress.step, **describe(device, world)})
+            session = Session(
+                run, start.resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began,
+                start.mean, start.std, tracker, world,
+            )  # fmt: skip
+            session.announce()
             return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
 
 
-def settle(resolved: Resolved, device: torch.device) -> Resolved:
+def run_name(resolved: Resolved) -> str:
+    """What the folder of a run is called where nobody says."""
+    return f"{resolved.name}-pretrained" if resolved.recipe.self_supervised else resolved.name
+
+
+def create(wanted: Path, resolved: Resolved, world: World) -> Run:
+    """A new run folder, by the first process, which tells the others where it is."""
+    if world.first:
+        run = Run.create(wanted)
+        run.write_recipe(resolved)
+    return Run(Path(world.told(str(run.path) if world.first else "")))
+
+
+def settle(start: Start, device: torch.device, world: World) -> Start:
     """The recipe with what hangs on the machine decided. That is kept: a run goes on with it wherever that may be."""
-    if resolved.recipe.precision != "auto":
-        return resolved
-    recipe = replace(resolved.recipe, precision=faster_precision(device))
-    return replace(resolved, recipe=recipe, set_by=resolved.set_by | {"precision": "machine"})
+    resolved, recipe = start.resolved, start.resolved.recipe
+    if recipe.precision == "auto":
+        half = world.told(faster_precision(device) if world.first else "") == "bf16"  # measured, so one says for all
+        recipe = replace(recipe, precision="bf16" if half else "fp32")
+    if device.type == "cpu" and world.size == 1:
+        recipe = memory.fit(recipe, model_config(recipe, 1, start.base))
+    decided = [name for name in ("precision", "accumulate") if vars(recipe)[name] != vars(resolved.recipe)[name]]
+    set_by = resolved.set_by | dict.fromkeys(decided, "machine")
+    return replace(start, resolved=replace(resolved, recipe=recipe, set_by=set_by))
+
+
+def learner(start: Start, num_classes: int, device: torch.device, world: World) -> Trainee:
+    """What is trained, as it begins, on the device; of it, where the processes share the weights, this one's part."""
+    built = build_model(start.resolved.recipe, num_classes, start.base)
+    start.fill(built)
+    model = to_train(built, start.resolved.recipe).to(device)
+    shard(model, start.resolved.recipe, world)
+    if device.type == "cpu":
+        keep_freed_memory(not start.resolved.recipe.checkpoint_activations)
+    return model
+
+
+def go_back(
+    run: Run, model: Trainee, optimizer: torch.optim.Optimizer, average: RunningAverage, images: str,
+    device: torch.device, world: World,
+) -> Progress:  # fmt: skip
+    """Have all that is trained be as at the run's last checkpoint.
+
+    Raises:
+        BadInput: there is none, it is damaged, or the `images` are not those that the run was started with.
+    """
+    progress = restore(run, model, optimizer, average.weights)
+    check_images(run, progress, images)
+    now = describe(device, world)
+    compare_launches((run.launches() or [now])[-1], now)
+    return progress
 
 
 def check(start: Start, stop_after: int | None) -> None:
@@ -164,9 +226,9 @@ def check_warmup(recipe: Recipe, images: int) -> None:
     steps = first_step(recipe.epochs, images, recipe.batch_size)
     if recipe.warmup >= 1 and warmup_steps(recipe, steps) >= steps:
         raise BadInput(
-            f"the warm-up of {recipe.warmup:g} steps is as long as the run, which has {steps:,} ({recipe.epochs} "
-            f"epochs of {images:,} images in batches of {recipe.batch_size}); take a share of them instead, "
-            "--warmup 0.05, and a smaller --batch-size."
+            f"the warm-up of {recipe.warmup:g} steps is as long as the run, which has {steps:,} "
+            f"({counted(recipe.epochs, 'epoch')} of {images:,} images in batches of {recipe.batch_size}); take a share "
+            "of them instead, --warmup 0.05, and a smaller --batch-size."
         )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from vitrail.arguments import Parser, add_data, add_json, add_run, add_setting, at_least_one, one_of, real, shown
-from vitrail.errors import BadInput
-from vitrail.recipes import DEFAULT, FINE_TUNE, PRETRAINING, RECIPES, default_recipe, resolve
+from vitrail.errors import BadInput, Partial
+from vitrail.recipes import DEFAULT, FINE_TUNE, PRETRAINING, RECIPES, Resolved, default_recipe, resolve
 from vitrail.settings import Recipe, Tracking
 from vitrail.tables import as_json, table
 
@@ -82,15 +82,17 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
         settings = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
         settings = (PRETRAINING if pretrained else {}) | settings
         # What is wrong with them is said at once, before torch is imported.
-        resolve(name or default_recipe("from_weights" in given), **settings)
+        resolved = resolve(name or default_recipe("from_weights" in given), **settings)
     from vitrail.environment import program
-    from vitrail.progress import duration
+    from vitrail.progress import counted, duration, say
     from vitrail.training import pretrain, train
 
+    if "resume" not in given and mirrors_digits(resolved):
+        say(f"{resolved.name} mirrors images, and a mirrored digit is none: --flip none leaves that out")
     result = pretrain(name, **given) if pretrained else train(name, **given)
     figures, run = result.results, shlex.quote(str(result.run))
     done, planned = figures["epochs"], figures["epochs_planned"]
-    epochs = f"{done} of {planned} epochs" if done < planned else f"{planned} epoch{'s' * (planned > 1)}"
+    epochs = f"{done} of {planned} epochs" if done < planned else counted(planned, "epoch")
     lines = [
         headline(figures),
         f"{epochs} in {duration(figures['train_seconds'])} of training, "
@@ -108,6 +110,12 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
         then.append(f"{'pretrain' if pretrained else 'train'} --resume{track} --output {run}")
     lines += [f"{'' if place else 'then':9}{program()} {words}" for place, words in enumerate(then)]
     return "\n".join(lines)
+
+
+def mirrors_digits(resolved: Resolved) -> bool:
+    """Whether a recipe for other images would mirror the built-in digits, without anybody having asked for that."""
+    recipe = resolved.recipe
+    return (recipe.data, resolved.set_by["flip"]) == ("digits", "recipe") and recipe.flip != "none"
 
 
 def learning_from(run: Path) -> str:
@@ -155,11 +163,18 @@ def take_predict(parser: Parser, argv: Sequence[str]) -> None:
 
 
 def do_predict(args: argparse.Namespace) -> str:
-    """Name what is in images."""
+    """Name what is in images; of those that can be read, where others cannot."""
     from vitrail.evaluate import predict_files
 
-    answers = predict_files(args.run, args.images, args.top)
-    if args.json:
+    try:
+        return named(predict_files(args.run, args.images, args.top), args.json)
+    except Partial as some:
+        raise Partial(str(some), named(some.result, args.json)) from None
+
+
+def named(answers: Sequence[dict[str, Any]], json: bool) -> str:
+    """What `predict_files` says."""
+    if json:
         return as_json(answers)
     rows = [
         ("" if place else answer["image"], guess["class"], f"{guess['probability']:.3f}")
@@ -175,7 +190,8 @@ def take_explain(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help=what)
     eight = "a file that Pillow reads (eight of the images that the run is judged by)"
     parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help=eight)
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where page and pictures go (RUN/explain)")
+    folder = "where page and pictures go (RUN/explain, or ./NAME-explain for other weights; then …-2, …-3)"
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=folder)
     target = "show what speaks for this class (for the one that the model predicts)"
     parser.add_argument("--class", dest="target", metavar="NAME", help=target)
     resized = "have it see images of this size (of that which it was made for)"
@@ -200,10 +216,15 @@ def take_report(parser: Parser, argv: Sequence[str]) -> None:
 
 
 def do_report(args: argparse.Namespace) -> str:
-    """Write a run's page anew. Without the images, it is a page without pictures."""
+    """Write a run's page anew. Without the images, it is one without pictures, which takes the place of no other."""
+    from vitrail.progress import say
     from vitrail.report import write_report
 
-    return str(write_report(args.run, images_to_show(args.run, args.data)))
+    dataset, why = images_to_show(args.run, args.data)
+    page = write_report(args.run, dataset, why)
+    if why:
+        say(f"vitrail: the page is without pictures: {why}")
+    return str(page)
 
 
 def take_watch(parser: Parser, argv: Sequence[str]) -> None:
@@ -220,39 +241,42 @@ def do_watch(args: argparse.Namespace) -> str:
     """Serve a run's page until Ctrl-C, moving while the run goes on."""
     from vitrail.watch import watch
 
-    watch(args.run, images_to_show(args.run, args.data), args.host, args.port)
+    watch(args.run, *images_to_show(args.run, args.data), args.host, args.port)
     return str(args.run)
 
 
-def images_to_show(path: Path, data: str | None) -> "Dataset | None":
-    """The data set of a run's page: `data`, or the run's own; None, and a sentence on stderr, where that is gone."""
+def images_to_show(path: Path, data: str | None) -> tuple["Dataset | None", str]:
+    """The data set of a run's page: `data`, or the run's own; where that is gone, None and why there is none."""
     from vitrail import cache
     from vitrail.checkpoint import Run
     from vitrail.evaluate import own_images
-    from vitrail.progress import say
 
     run = Run.open(path)
     recipe = run.recipe().recipe if run.trained else None
-    size, holdout = (recipe.image_size, recipe.holdout) if recipe else (run.config()[0].image_size, 0.0)
+    if recipe:
+        size, holdout, stream = recipe.image_size, recipe.holdout, recipe.stream
+    else:
+        size, holdout, stream = run.config()[0].image_size, 0.0, False
     try:
-        return cache.load(data or own_images(run), size, holdout=holdout)
+        return cache.load(data or own_images(run), size, holdout=holdout, stream=stream), ""
     except BadInput as error:
         if data:
             raise
-        say(f"vitrail: the page will be without pictures: {error}")
-        return None
+        return None, str(error)
 
 
 def headline(figures: dict[str, Any]) -> str:
     """The figures of a split in one line; top-5 only where there are more classes than that."""
+    from vitrail.progress import counted
+
+    images = counted(figures["count"], "image")
     if "top1" not in figures:
         what = {"pixels": "hidden pixels", "patches": "mean colours of hidden patches"}[figures["objective"]]
         return (
-            f"loss {figures['loss']:.3f} in predicting {what}, of {figures['count']:,} images ({figures['dataset']}, "
-            f"{figures['split']})"
+            f"loss {figures['loss']:.3f} in predicting {what}, of {images} ({figures['dataset']}, {figures['split']})"
         )
     top5 = f"top-5 {figures['top5']:.3f}, " if len(figures["per_class"]) > 5 else ""
     return (
         f"top-1 {figures['top1']:.3f}, {top5}loss {figures['loss']:.3f}, calibration error "
-        f"{figures['calibration_error']:.3f} on {figures['count']:,} images ({figures['dataset']}, {figures['split']})"
+        f"{figures['calibration_error']:.3f} on {images} ({figures['dataset']}, {figures['split']})"
     )

@@ -28,6 +28,7 @@ from vitrail.formats import (
     to_ours,
     to_theirs,
 )  # fmt: skip
+from vitrail.progress import counted
 
 MEND = "load it with transformers' from_pretrained, then save_pretrained it as one file of safetensors"
 ENDS = {
@@ -145,7 +146,8 @@ def _classes(config: dict[str, Any], count: int | None, path: Path) -> tuple[str
         return ()
     found = section(config, "id2label", path)
     if found and set(found) != set(map(str, range(count))):
-        raise BadInput(f"{path} names {len(found)} classes in id2label, and not the 0 to {count - 1} of the head.")
+        named = counted(len(found), "class", "classes")
+        raise BadInput(f"{path} names {named} in id2label, and not the 0 to {count - 1} of the head.")
     return tuple(str(found.get(number, number)) for number in map(str, range(count)))
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from vitrail.batches import TrainingBatches
-from vitrail.cache import Images
+from vitrail.cache import Images, Split
 from vitrail.pictures import Thumbnail, fitted, percent, thumbnail
-from vitrail.pixels import Pixels
+from vitrail.pixels import Pixels, pixels_of
 from vitrail.settings import Recipe
 
 SEEN, VIEWS = 4, 5  # training images that a run shows beside its figures, and views of each
@@ -57,14 +57,14 @@ class Sample:
     views: tuple[View, ...]
 
 
-def samples(train: Images, recipe: Recipe, count: int, views: int) -> list[Sample]:
+def samples(train: Split, recipe: Recipe, count: int, views: int) -> list[Sample]:
     """The first images that training takes, `count` of them or one less where it mixes pairs, and the views of each in
     its first epochs and in its last, half of each: the images may grow while a run goes on. The same for the same
     recipe and seed, on the processor whatever the recipe's device."""
     count = min(count, len(train))
     count -= count % 2 if recipe.mixes else 0
     recipe, cpu = replace(recipe, batch_size=count, accumulate=1, repeats=1), torch.device("cpu")
-    chosen = TrainingBatches(Pixels(train, recipe.image_size, cpu), recipe).order(0).numpy()
+    chosen = TrainingBatches(pixels_of(train, recipe.image_size, cpu), recipe).order(0).numpy()
     few = replace(
         Images.pack([train.image(i) for i in chosen], [train.names[i] for i in chosen]), labels=train.labels[chosen]
     )

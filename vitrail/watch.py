@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.cache import Dataset
+from vitrail.checkpoint import Run
 from vitrail.errors import BadInput
 from vitrail.gallery import scored
 from vitrail.progress import duration, say
 from vitrail.record import read
-from vitrail.report import fill, is_its_own, render, split_of
+from vitrail.report import PICTURE, fill, is_its_own, render, split_of
 
 PORTS = 20  # that are tried, from the one that is wanted
 EVERY = 2.0  # seconds between two questions of the page
@@ -88,8 +89,20 @@ class Watched:
             late = f" · last heard of {duration(heard)} ago" if heard > LATE else ""
             return {"page": page, "words": f"{told['words']}{late}", "share": float(told["share"])}
         except (OSError, ValueError, KeyError, TypeError):
-            done = (self.run / "results.json").is_file()
-            return {"page": page, "words": "done" if done else "not training now", "share": float(done)}
+            return {"page": page, **self.ended()}
+
+    def ended(self) -> dict[str, Any]:
+        """How far a run is that is not being trained, in words and as a share."""
+        try:
+            results = json.loads((self.run / "results.json").read_text(encoding="utf-8"))
+            done, planned = results["epochs"], results.get("epochs_planned")
+            if planned is None:  # as of runs that are older than it
+                planned = Run(self.run).recipe().recipe.epochs
+            if done < planned:
+                return {"words": f"stopped after {done:,} of {planned:,} epochs", "share": done / planned}
+            return {"words": "done", "share": 1.0}
+        except (OSError, ValueError, KeyError, TypeError, BadInput):
+            return {"words": "not training now", "share": 0.0}
 
 
 def stamp(path: Path) -> str:
@@ -205,13 +218,17 @@ def where(host: str, port: int) -> str:
     return f"http://{here}:{port}/  or, from elsewhere,  http://{socket.gethostname()}:{port}/"
 
 
-def watch(run: Path, dataset: Dataset | None, host: str, port: int) -> None:
-    """Serve the page of a run until Ctrl-C.
+def watch(run: Path, dataset: Dataset | None, why_none: str, host: str, port: int) -> None:
+    """Serve the page of a run until Ctrl-C. Where there is no data set, `why_none` says why.
 
     Raises:
         BadInput: it is no run folder, or there is no free port.
     """
-    with listen(Watched(run, dataset), host, port) as server:
+    watched = Watched(run, dataset)
+    if why_none and PICTURE not in watched.page():  # that of a run that is done was written, perhaps with pictures
+        until = "" if (run / "results.json").is_file() else " while the run goes on"
+        say(f"vitrail: the page is without pictures{until}: {why_none}")
+    with listen(watched, host, port) as server:
         say(f"look at  {where(host, server.server_address[1])}  (Ctrl-C ends it)")
         try:
             server.serve_forever(poll_interval=0.2)

@@ -25,13 +25,15 @@ def take_import(parser: Parser, argv: Sequence[str]) -> None:
 def do_import(args: argparse.Namespace) -> str:
     """Make a run folder of weights from elsewhere."""
     from vitrail.exchange import import_run
+    from vitrail.progress import counted
 
     run, model = import_run(args.source, args.output, image_size=args.image_size, num_classes=args.num_classes)
     config, name = model.config, shlex.quote(str(run.path))
     parameters = sum(weight.numel() for weight in model.parameters())
     lines = [
-        f"{run.path}: {parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, patches of "
-        f"{config.patch_size}, images of {config.image_size}, {config.num_classes:,} classes",
+        f"{run.path}: {parameters:,} parameters, {counted(config.num_layers, 'layer')} of {config.hidden_size}, "
+        f"patches of {config.patch_size}, images of {config.image_size}, "
+        f"{counted(config.num_classes, 'class', 'classes')}",
     ]
     if not model.head.weight.any():
         lines += ["", "Its head is zero: it gives each class the same probability until it is trained."]

@@ -6,12 +6,14 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
@@ -67,38 +69,54 @@ def work_through(
         yield work(shared, task)
 
 
-def _on_all_cores(
-    work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]
-) -> Generator[Done, None, None]:
-    count = min(cores(), len(tasks))
-    pool = ProcessPoolExecutor(count, _processes, _begin, (shared,))
-    waiting: deque[Future[Done]] = deque()
+class Workers(Generic[Shared]):
+    """Processes that do work on something that they share with none but one another: each has a copy of `shared`. They
+    are started with the first work, and end when they are closed, or no one has them any more."""
+
+    def __init__(self, shared: Shared, count: int) -> None:
+        self.count = count
+        self._pool = ProcessPoolExecutor(count, _processes, _begin, (shared,))
+        self.close = weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
+
+    def submit(self, work: Callable[[Shared, Task], Done], task: Task) -> "Future[Done]":
+        """Hand over a task, for which a process may be started. That would first run the user's main script again, to
+        have what is defined there: nothing of it is wanted here, it can take seconds (importing torch), and a script
+        without `if __name__ == "__main__"` would start over. So for this moment there is no script."""
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return self._pool.submit(_apply, work, task)
+        finally:
+            sys.modules["__main__"] = main
+
+
+@contextmanager
+def ended_from_outside() -> Iterator[None]:
+    """Turns what a pool raises where it has lost a process into a ChildProcessError that says why that may be."""
     try:
-        for task in tasks:
-            if len(waiting) >= 3 * count:
-                yield waiting.popleft().result()
-            waiting.append(_submit(pool, work, task))
-        while waiting:
-            yield waiting.popleft().result()
+        yield
     except BrokenProcessPool:
         raise ChildProcessError(
             "a process that was reading images was ended from outside. The system does that where memory is short: "
             "make some free, then try again."
         ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, work: Callable[[Shared, Task], Done], task: Task) -> "Future[Done]":
-    """Hand a task to the pool, which may start a process for it. That would first run the user's main script again,
-    to have what is defined there: nothing of it is wanted here, it can take seconds (importing torch), and a script
-    without `if __name__ == "__main__"` would start over. So for this moment there is no script."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+def _on_all_cores(
+    work: Callable[[Shared, Task], Done], shared: Shared, tasks: Sequence[Task]
+) -> Generator[Done, None, None]:
+    workers = Workers(shared, min(cores(), len(tasks)))
+    waiting: deque[Future[Done]] = deque()
     try:
-        return pool.submit(_apply, work, task)
+        with ended_from_outside():
+            for task in tasks:
+                if len(waiting) >= 3 * workers.count:
+                    yield waiting.popleft().result()
+                waiting.append(workers.submit(work, task))
+            while waiting:
+                yield waiting.popleft().result()
     finally:
-        sys.modules["__main__"] = main
+        workers.close()
 
 
 def _begin(shared: Any) -> None:

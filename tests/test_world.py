@@ -1,0 +1,214 @@
+"""Several processes, started by torchrun, train one model: as one process does, and with some of them lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from vitrail.checkpoint import read_about
+from vitrail.errors import BadInput
+from vitrail.parallel import check_shares
+from vitrail.settings import Recipe
+from vitrail.world import World
+
+WEIGHTS = Path("model/model.safetensors")
+MODEL = ["--hidden-size=16", "--mlp-dim=32", "--num-heads=2", "--num-layers=1", "--batch-size=56"]
+TINY = [*MODEL, "--epochs=2"]  # 52 steps
+SIX = [*MODEL, "--epochs=6"]
+ALL = 1797  # the digits, which two processes cannot share evenly
+PATIENCE = 200  # seconds for what hangs
+
+# What each process does: predictions of all digits, of which the first writes what both have put together.
+EVALUATE = """
+import sys, numpy as np, torch
+from vitrail import cache
+from vitrail.evaluate import predict_split
+from vitrail.pixels import Pixels
+from vitrail.world import join
+dataset = cache.load("digits", 8)
+images = {split: Pixels(images, 8, torch.device("cpu")) for split, images in dataset.splits.items()}
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+with join(torch.device("cpu")) as world:
+    found = [predict_split(model, pixels, batch_size=100, world=world) for pixels in images.values()]
+    if world.first:
+        arrays = {name: np.concatenate([getattr(one, name) for one in found]) for name in vars(found[0])}
+        np.savez(sys.argv[1], **arrays)
+"""
+
+
+def launch(processes: int, *words: str, restarts: int = 0) -> "subprocess.Popen[str]":
+    """Start processes by torchrun, each with one thread; without any, the words alone."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    command = [sys.executable, *(torchrun if processes else []), *words]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    return process.communicate(timeout=PATIENCE)[0]
+
+
+def train(processes: int, run: Path, *words: str) -> str:
+    process = launch(processes, "-m", "vitrail", "train", "--output", str(run), *words)
+    text = said(process)
+    assert process.returncode == 0, text
+    return text
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [(line["train_loss"], line["val_loss"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, which works through each batch in the two halves that two processes have of it."""
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    train(0, run, *TINY, "--accumulate=2", "--ema-decay=0.9")
+    return run
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("runs") / "together"
+    return run, train(2, run, *TINY, "--ema-decay=0.9")
+
+
+def test_two_processes_end_with_the_bits_of_one(alone: Path, together: tuple[Path, str]) -> None:
+    run, text = together
+    assert losses(run) == losses(alone)
+    assert (run / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
+    assert (run / "predictions.safetensors").read_bytes() == (alone / "predictions.safetensors").read_bytes()
+    results, expected = (json.loads((path / "results.json").read_text("utf-8")) for path in (run, alone))
+    assert results["count"] == expected["count"] == 359  # of which one process has one more than the other
+    assert results["top1"] == expected["top1"]
+    launches = json.loads((run / "environment.json").read_text("utf-8"))["launches"]
+    assert [launch["processes"] for launch in launches] == [2]
+    # One of them speaks, and what it says is said once.
+    for line in ("1,438 training and 359 test images", "epoch   1/2", "epoch   2/2", "2 epochs in"):
+        assert text.count(line) == 1, text
+
+
+def test_a_model_in_parts_follows_the_same_curve(alone: Path, tmp_path: Path) -> None:
+    # Its parts are other tensors than the whole, whose sums are rounded otherwise: for clipping, and in the optimizer.
+    train(2, tmp_path / "fsdp", *TINY, "--ema-decay=0.9", "--parallel=fsdp")
+    np.testing.assert_allclose(losses(tmp_path / "fsdp"), losses(alone), rtol=1e-5)
+    ours, theirs = (load_file(run / WEIGHTS) for run in (tmp_path / "fsdp", alone))
+    assert {name: weight.shape for name, weight in ours.items()} == {name: w.shape for name, w in theirs.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, without interruption."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(0, run, *SIX)
+    return run
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_checkpoint_goes_from_two_to_one_to_two(parallel: str, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(2, run, *SIX, "--stop-after=1", f"--parallel={parallel}")
+    assert "processes is 1, and was 2" in train(0, run, "--resume", "--stop-after=2")
+    train(2, run, "--resume", "--stop-after=3")
+    np.testing.assert_allclose(losses(run), losses(whole)[:3], rtol=1e-5)
+
+
+def test_pre_training_follows_the_same_curve(tmp_path: Path) -> None:
+    pretrain = [*TINY, "--objective=patches"]
+    for processes, name, more in ((0, "one", ["--accumulate=2"]), (2, "two", [])):
+        train(processes, tmp_path / name, *pretrain, *more)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_each_image_counts_once(tmp_path: Path) -> None:
+    script, found = tmp_path / "evaluate.py", []
+    script.write_text(EVALUATE, encoding="utf-8")
+    for processes in (0, 2):
+        path = tmp_path / f"{processes}.npz"
+        process = launch(processes, str(script), str(path))
+        text = said(process)
+        assert process.returncode == 0, text
+        found.append(np.load(path))
+    for name in found[0].files:
+        assert len(found[1][name]) == ALL
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def worker(of: int, rank: int) -> int:
+    """The process of that rank that a torchrun has started."""
+    children = Path(f"/proc/{of}/task/{of}/children")
+    for child in map(int, children.read_text().split()):
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment and b"TORCHELASTIC_RUN_ID" in b"\0".join(environment):
+            return child
+    raise AssertionError(f"torchrun has no process of rank {rank}")
+
+
+def await_epochs(run: Path, epochs: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not (run / "metrics.jsonl").is_file() or len(losses(run)) < epochs:
+        assert process.poll() is None, said(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in Linux's /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_starts_all_of_them_from_the_last_checkpoint(rank: int, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch(2, "-m", "vitrail", "train", "--output", str(run), *SIX, "--checkpoint-every=0.1", restarts=2)
+    await_epochs(run, 1, process)
+    os.kill(worker(process.pid, rank), signal.SIGKILL)
+    text = said(process)
+    assert process.returncode == 0, text
+    assert "going on with" in text
+    assert not (tmp_path / "run-2").exists()
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-4)
+    assert len(json.loads((run / "environment.json").read_text("utf-8"))["launches"]) == 2
+
+
+def test_a_signal_stops_all_of_them_after_saving(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch(2, "-m", "vitrail", "train", "--output", str(run), *MODEL, "--epochs=500")
+    await_epochs(run, 1, process)
+    process.send_signal(signal.SIGTERM)
+    text = said(process)
+    found = re.search(r"stopped at step (\d+) of", text)
+    assert found, text
+    assert text.count("stopped at step") == 1
+    assert read_about(run / "last" / "state.safetensors")["step"] == int(found[1]) > 20
+
+
+def test_what_all_of_them_fail_of_is_said_once(tmp_path: Path) -> None:
+    process = launch(2, "-m", "vitrail", "train", "--output", str(tmp_path / "run"), "--batch-sze=31")
+    assert said(process).count("did you mean '--batch-size'?") == 1
+    assert process.returncode == 1
+
+
+def test_a_batch_is_that_of_all_processes() -> None:
+    check_shares(Recipe(batch_size=32), World(0, 4))
+    with pytest.raises(BadInput, match=r"a batch of 32 does not divide evenly among 3 processes: .* a multiple of 3 "):
+        check_shares(Recipe(batch_size=32), World(0, 3))
+    with pytest.raises(BadInput, match=r"mixed in pairs, does not divide .* 4 processes with --accumulate 2: .* 16 "):
+        check_shares(Recipe(batch_size=40, accumulate=2, mixup=0.2), World(0, 4))
+    with pytest.raises(BadInput, match="muon needs whole matrices"):
+        check_shares(Recipe(batch_size=32, optimizer="muon", parallel="fsdp"), World(0, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 1797])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_are_equal_and_together_all(size: int, count: int) -> None:
+    shares = [World(rank, size).share(count) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    np.testing.assert_array_equal(np.concatenate(shares)[:count], np.arange(count))

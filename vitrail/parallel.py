@@ -1,0 +1,132 @@
+"""How a model is trained by several processes: each has all of it (DDP), or a part of each block's weights (FSDP2).
+Both are torch's; here is which process has what, and how the weights come together again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vitrail import models
+from vitrail.errors import BadInput
+from vitrail.model import TransformerEncoderBlock
+from vitrail.models import Model
+from vitrail.settings import Recipe
+from vitrail.world import World
+
+
+def check_shares(recipe: Recipe, world: World) -> None:
+    """See whether the processes can share a batch, and the model, evenly.
+
+    Raises:
+        BadInput: they cannot.
+    """
+    least = world.size * recipe.accumulate * (2 if recipe.mixes else 1)
+    if recipe.batch_size % least:
+        of = f"{world.size} processes" + (f" with --accumulate {recipe.accumulate}" if recipe.accumulate > 1 else "")
+        pairs = ", whose images are mixed in pairs," if recipe.mixes else ""
+        raise BadInput(
+            f"a batch of {recipe.batch_size}{pairs} does not divide evenly among {of}: it is that of all processes "
+            f"together. Take a multiple of {least} for --batch-size."
+        )
+    if recipe.parallel == "fsdp" and recipe.optimizer == "muon":
+        raise BadInput("muon needs whole matrices, of which fsdp leaves each process a part; take --optimizer adamw.")
+
+
+def shard(model: nn.Module, recipe: Recipe, world: World) -> None:
+    """Where the recipe asks for it, leave each process its part of the weights, in place, before the optimizer is made:
+    block by block, so that a process has one whole block at a time. With bf16, blocks are gathered in that, and
+    gradients are added up in float32."""
+    if recipe.parallel != "fsdp" or world.size == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # 0.8 s, which who is alone need not wait for
+
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if recipe.precision == "bf16" else MixedPrecisionPolicy()
+    for module in model.modules():
+        if isinstance(module, TransformerEncoderBlock):
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=True)  # else its own weights stay behind an evaluation
+
+
+def replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
+    """What training steps call: the model itself where a process is alone or has a part of it; else one that averages
+    the gradients of all processes while they are computed."""
+    if world.size == 1 or recipe.parallel == "fsdp":
+        return model
+    # Of a model that is pre-trained, nothing reads the head.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=recipe.self_supervised)
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Whether each process has a part of the model only."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
+    """A backward pass in the block adds up the gradients of all processes only if it is the `last` of a step."""
+    if in_parts(model):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
+        yield
+    elif isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors with all their parts, for the first process; all of them have to ask for it. What was in parts comes
+    one after the other, and is put into the processor's memory: a device need not hold all of it."""
+    if not dist.is_initialized():
+        return dict(tensors)
+    from torch.distributed.tensor import DTensor
+
+    complete = {}
+    for name, tensor in tensors.items():
+        found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.first:
+            complete[name] = found.cpu() if isinstance(tensor, DTensor) else found
+    return complete
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are, of the part that this process has."""
+    if dist.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(tensor.isfinite().all())
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor as the other is: on its device, and of it only the part that this process has of the other."""
+    tensor = tensor.to(other.device)
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor, other.device_mesh, other.placements)
+    return tensor
+
+
+def ordinary(model: Model, world: World) -> Model:
+    """The model as it is in a process that is alone: itself, or, where it is in parts, another with all its weights, on
+    the processor. It is for the first process; all of them have to ask for it."""
+    if not in_parts(model):
+        return model
+    weights = whole(model.state_dict(), world)
+    if not world.first:
+        return model
+    with torch.device("meta"):
+        copy = models.build(model.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy
