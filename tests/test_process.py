@@ -34,3 +34,28 @@ del block
 assert peak_memory(cpu) > 0.99 * high > resident()[0] + 0.5 * before, (high, resident())
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps memory"
+)
+def test_evaluation_leaves_no_holes_in_what_is_kept() -> None:
+    script = """
+import torch
+from vitrail.process import keep_freed_memory, kept_memory_as_it_is, resident
+keep_freed_memory()
+def evaluate():
+    before, results, large = resident()[0], [], None
+    for _ in range(12):
+        large = torch.zeros(1 << 22)  # 16 MB, while the last is there
+        again = large + 1
+        results.append(again[:2000].clone())
+        del again
+    return (resident()[0] - before) >> 20
+with kept_memory_as_it_is(True):
+    less = evaluate()
+print(less, evaluate())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    less, more = map(int, done.stdout.split())
+    assert less < 40, (less, more, done.stderr)

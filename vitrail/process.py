@@ -74,6 +74,22 @@ def keep_freed_memory(keep: bool = True) -> None:
                 libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: which blocks are large
 
 
+@contextmanager
+def kept_memory_as_it_is(kept: bool) -> Iterator[None]:
+    """While the block runs, what freed memory that was `kept` has no room for comes from the system and goes back to
+    it. Evaluation leaves small results between large blocks, which then do not fit where they did before: of images of
+    224 pixels, the process would grow from 0.5 GB to 2."""
+    libc = ctypes.CDLL(None) if kept and sys.platform == "linux" else None
+    there = hasattr(libc, "mallopt")
+    if libc is not None and there:
+        libc.mallopt(-4, 1 << 16)  # M_MMAP_MAX, as glibc has it
+    try:
+        yield
+    finally:
+        if libc is not None and there:
+            libc.mallopt(-4, 0)  # as `keep_freed_memory` has it
+
+
 def peak_memory(device: torch.device) -> int:
     """The most memory that this process has had so far, in bytes: of the GPU where it trains on one, else of the
     machine."""

@@ -27,7 +27,7 @@ from vitrail.optimize import RunningAverage, learning_rate
 from vitrail.parallel import finite, ordinary, replicate, whole
 from vitrail.pixels import pixels_of
 from vitrail.pretraining import Pretraining, Trainee, judge_reconstruction
-from vitrail.process import peak_memory
+from vitrail.process import kept_memory_as_it_is, peak_memory
 from vitrail.progress import counted, say
 from vitrail.recipes import Resolved
 from vitrail.resume import Progress, state_of
@@ -252,7 +252,8 @@ class Session:
 
     def evaluate(self) -> Judgement:
         """What the evaluated split says of the weights as they are, or of their running average."""
-        with self.average.in_place():
+        kept = self.device.type == "cpu" and not self.recipe.checkpoint_activations
+        with self.average.in_place(), kept_memory_as_it_is(kept):
             if isinstance(self.model, Pretraining):
                 judgement = judge_reconstruction(self.model, self.judged, self.recipe)
             else:
