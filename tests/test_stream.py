@@ -47,7 +47,7 @@ def decoders(photos: Path) -> Iterator[Decoders]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "cores", lambda: 2)
         patch.setattr(stream, "TASK", 2 * 3 * SIZE**2)
-        patch.setattr(stream, "ROOM", 0)
+        patch.setattr(stream, "ROOM", 12 * Decoders(locate(str(photos))[1], "", SIZE).slot)
         made = Decoders(locate(str(photos))[1], "", SIZE)
     assert (made.at_once, made.slots) == (2, 12)
     yield made
@@ -111,9 +111,10 @@ def test_no_more_are_decoded_than_there_is_room_for(streamed: Streamed) -> None:
     assert len(streamed.decoders._free) == 12
 
 
+@pytest.mark.parametrize("cores", [2, 64])
 @pytest.mark.parametrize(("size", "ahead"), [(8, 2048), (64, 2048), (224, 300), (512, 50)])
-def test_room_is_bounded(size: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "cores", lambda: 2)
+def test_room_is_bounded(size: int, ahead: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "cores", lambda: cores)
     decoders = Decoders(locate("digits")[1], "", size)
     assert ahead <= decoders.slots
     assert decoders.slots * decoders.slot <= stream.ROOM

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import vitrail
+from vitrail import cache
+from vitrail.batches import TrainingBatches
+from vitrail.cache import Images
 from vitrail.checkpoint import read_about
 from vitrail.errors import BadInput
 from vitrail.parallel import check_shares
+from vitrail.pixels import Pixels
+from vitrail.recipes import resolve
+from vitrail.resume import begun_by_job
 from vitrail.settings import Recipe
 from vitrail.world import World
 
@@ -126,9 +135,51 @@ def test_a_checkpoint_goes_from_two_to_one_to_two(parallel: str, whole: Path, tm
 
 def test_pre_training_follows_the_same_curve(tmp_path: Path) -> None:
     pretrain = [*TINY, "--objective=patches"]
-    for processes, name, more in ((0, "one", ["--accumulate=2"]), (2, "two", [])):
+    for processes, name, more in ((0, "one", ["--accumulate=2"]), (2, "two", []), (2, "parts", ["--parallel=fsdp"])):
         train(processes, tmp_path / name, *pretrain, *more)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_said_once(tmp_path: Path) -> None:
+    process = launch(2, "-m", "vitrail", "train", "--output", str(tmp_path / "run"), *TINY, "--lr=1e30")
+    text = said(process)
+    assert process.returncode == 1
+    assert text.count("training diverged: the training loss is ") == 1, text
+    assert "another process" not in text
+
+
+def test_what_memory_divided_is_divided_for_any_number_of_processes() -> None:
+    images = cache.load("digits", 8).splits["train"]
+    assert isinstance(images, Images)
+    pixels = Pixels(images, 8, torch.device("cpu"))
+    for batch, size, parts in ((60, 2, 2), (96, 8, 3), (56, 4, 1)):
+        recipe = Recipe(batch_size=batch, image_size=8, patch_size=4)
+        covered: list[int] = []
+        for rank in range(size):
+            batches = TrainingBatches(pixels, recipe, world=World(rank, size))
+            batches.divided_by = batches.parts_from(parts)
+            rows = batches.rows()
+            assert len({part.stop - part.start for part in rows}) == 1
+            covered += [row for part in rows for row in range(part.start, part.stop)]
+        assert covered == list(range(batch))
+
+
+def test_a_job_goes_on_with_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"hidden_size": 16, "mlp_dim": 16, "num_heads": 1, "num_layers": 1, "batch_size": 500, "epochs": 3}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    world = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()), "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }  # fmt: skip
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    run = vitrail.train("digits", output=tmp_path / "run", stop_after=1, **settings).run
+    (run / "results.json").unlink()  # as if it had been killed
+    assert begun_by_job(run, resolve("digits", **settings), World()) == run
+    assert begun_by_job(run, resolve("digits", **settings | {"lr": 1e-4}), World()) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert begun_by_job(run, resolve("digits", **settings), World()) is None
 
 
 def test_each_image_counts_once(tmp_path: Path) -> None:
@@ -143,6 +194,12 @@ def test_each_image_counts_once(tmp_path: Path) -> None:
     for name in found[0].files:
         assert len(found[1][name]) == ALL
         np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return int(listening.getsockname()[1])
 
 
 def worker(of: int, rank: int) -> int:
@@ -182,7 +239,9 @@ def test_a_signal_stops_all_of_them_after_saving(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = launch(2, "-m", "vitrail", "train", "--output", str(run), *MODEL, "--epochs=500")
     await_epochs(run, 1, process)
-    process.send_signal(signal.SIGTERM)
+    # As batch systems do, and torchrun once more: to all of them.
+    for one in (worker(process.pid, 0), worker(process.pid, 1), process.pid):
+        os.kill(one, signal.SIGTERM)
     text = said(process)
     found = re.search(r"stopped at step (\d+) of", text)
     assert found, text

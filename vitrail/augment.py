@@ -269,6 +269,8 @@ def places(draws: Draws, size: int, recipe: Recipe) -> tuple[Int[Tensor, "B S"],
 
 def normalise(pixels: Float[Tensor, "B 3 S S"] | UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
     """Pixels from 0…255 to -1…1, as the official code feeds them (input_pipeline.py)."""
+    if pixels.dtype == torch.uint8:  # turned into floats first: half the time on a CPU, and the same bits
+        return pixels.to(torch.float32).div_(127.5).sub_(1)
     return torch.div(pixels, 127.5).sub_(1)
 
 

@@ -151,20 +151,29 @@ class TrainingBatches:
             BadInput: the parts are single images already, or single pairs where pairs are mixed; or other processes
                 are in the middle of the same batch.
         """
-        if self.world.size > 1:
-            raise BadInput(
-                f"the memory of process {self.world.rank}'s device does not hold its part of a batch; "
-                f"set --accumulate {2 * self.divided_by}, or --checkpoint-activations."
-            )
         least = 2 if self.recipe.mixes else 1  # images of a part
-        most = self.recipe.batch_size // least
-        if self.divided_by == most:
+        if self.divided_by == self.most_parts:
             what = "a single image takes" if least == 1 else "a pair of images takes"
             raise BadInput(
                 f"the device's memory does not hold what {what}; set --checkpoint-activations, "
                 "or take a smaller model or image."
             )
-        self.divided_by = next(n for n in range(self.divided_by + 1, most + 1) if most % n == 0)
+        more = self.parts_from(self.divided_by + 1)
+        if self.world.size > 1:
+            raise BadInput(
+                f"the memory of process {self.world.rank}'s device does not hold its part of a batch; go on with "
+                f"--resume --accumulate {more}, or --checkpoint-activations."
+            )
+        self.divided_by = more
+
+    @property
+    def most_parts(self) -> int:
+        """Into how many equal parts a process can divide what it has of a batch, pairs left together if mixed."""
+        return self.recipe.batch_size // self.world.size // (2 if self.recipe.mixes else 1)
+
+    def parts_from(self, least: int) -> int:
+        """The least number of equal parts from `least` up; the most there can be, if that is less."""
+        return next((n for n in range(least, self.most_parts) if self.most_parts % n == 0), self.most_parts)
 
     def size(self, step: int) -> int:
         """Side of the images that the model sees in a step: the recipe's `first_size`, where it has one, in the first

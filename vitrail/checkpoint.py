@@ -153,6 +153,11 @@ class Run:
         """Whether the weights were trained here; if not, they were imported, and there is no recipe."""
         return (self.path / "recipe.yaml").is_file()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was trained to its end, or to where it was to stop."""
+        return (self.path / "results.json").is_file()
+
     def write_recipe(self, resolved: Resolved) -> None:
         """Keep every setting, and who set it, and which weights the run began with."""
         settings = {

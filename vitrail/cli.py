@@ -89,11 +89,12 @@ def print_result(text: str) -> None:
 
 
 def failed(reason: object, status: int, *, of_all: bool = False) -> int:
-    """Say why on stderr. Of processes that train together, one says what is the failure `of_all`, as it is of those
-    that have not met yet; else each speaks for itself."""
-    if speaks():
+    """Say why on stderr. Of processes that train together, one says what is the failure `of_all`, and one on each
+    machine while they have not met; else each speaks for itself."""
+    met = together()
+    if speaks(of="RANK" if met else "LOCAL_RANK"):
         print(f"vitrail: {reason}", file=sys.stderr)
-    elif together() and not of_all:
+    elif met and not of_all:
         print(f"vitrail, process {os.environ['RANK']}: {reason}", file=sys.stderr)
     return status
 

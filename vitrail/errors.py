@@ -45,6 +45,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {known[close[0]]!r}?" if close else "."
 
 
-def speaks() -> bool:
-    """Whether this process speaks for all: it is alone, or the first of those that torchrun started together."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+def of_many() -> bool:
+    """Whether torchrun started this process, together with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def speaks(*, of: str = "RANK") -> bool:
+    """Whether this process speaks for all: it is alone, or the first of those that torchrun started together; `of`
+    LOCAL_RANK, of those on this machine."""
+    return not of_many() or os.environ[of] == "0"

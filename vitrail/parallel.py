@@ -41,7 +41,8 @@ def shard(model: nn.Module, recipe: Recipe, world: World) -> None:
     gradients are added up in float32."""
     if recipe.parallel != "fsdp" or world.size == 1:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # 0.8 s, which who is alone need not wait for
+    # They take 0.8 s, which who is alone need not wait for.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if recipe.precision == "bf16" else MixedPrecisionPolicy()
@@ -49,6 +50,8 @@ def shard(model: nn.Module, recipe: Recipe, world: World) -> None:
         if isinstance(module, TransformerEncoderBlock):
             fully_shard(module, mp_policy=policy)
     fully_shard(model, mp_policy=policy, reshard_after_forward=True)  # else its own weights stay behind an evaluation
+    if hasattr(model, "reconstruct"):  # what pre-training calls beside `forward`
+        register_fsdp_forward_method(model, "reconstruct")
 
 
 def replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
@@ -61,12 +64,12 @@ def replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
 
 
 def in_parts(model: nn.Module) -> bool:
-    """Whether each process has a part of the model only."""
+    """Whether each process has a part of the model only; a part of such a model is one too."""
     if not dist.is_initialized():
         return False
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
-    return isinstance(model, FSDPModule)
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vitrail.errors import of_many
 from vitrail.progress import say
 
 # cuBLAS is deterministic only with a workspace of fixed size, and reads this once, before its first product.
@@ -22,13 +23,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """While the block runs, SIGINT and SIGTERM put their number into the yielded list; a second one ends at once."""
+    """While the block runs, SIGINT and SIGTERM put their number into the yielded list; a second one ends at once. Not
+    where there are several processes: a batch system signals them, and torchrun, which then signals them again."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        say("stopping as soon as the state is saved; once more to stop at once")
+        if not of_many():
+            signal.signal(number, signal.SIG_DFL)
+            say("stopping as soon as the state is saved; once more to stop at once")
+        elif len(received) == 1:
+            say("stopping as soon as the state is saved")
 
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread have handlers
         yield received

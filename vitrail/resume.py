@@ -18,6 +18,10 @@ from vitrail.progress import say
 from vitrail.recipes import Resolved, resolve
 from vitrail.world import World, job
 
+# Settings that may be others from one stretch to the next: where the images and the processors are, and how these share
+# the work, which rounds otherwise; what is computed may not.
+MAY_CHANGE = {"data", "device", "parallel", "stream", "accumulate", "checkpoint_activations"}
+
 
 @dataclass
 class Progress:
@@ -72,14 +76,12 @@ def take_up(name: str | None, output: Path | str | None, settings: dict[str, Any
         was = getattr(resolved.recipe, setting, None)
         if resolved.set_by.get(setting) == "machine" and value == "auto":
             continue
-        # Where the images and the processors are, and how these share the work, may change between two stretches; what
-        # is computed may not.
-        if setting not in ("data", "device", "parallel", "stream") and was != value:
+        if setting not in MAY_CHANGE and was != value:
             raise BadInput(
                 f"{run.path} was started with {setting} = {was}, and a resumed run keeps its settings; "
                 f"leave --{setting.replace('_', '-')} out, or train anew."
             )
-    now = {name: settings[name] for name in ("parallel", "stream") if name in settings}
+    now = {name: settings[name] for name in MAY_CHANGE & settings.keys() if name not in ("data", "device")}
     return run, replace(resolved, recipe=replace(resolved.recipe, **now))
 
 
@@ -100,27 +102,37 @@ def latest(name: str | None, *, pretrained: bool) -> Path:
     if not runs:
         what = f"{'pre-training ' if pretrained else ''}run{f' of {name}' if name else ''}"
         raise BadInput(f"there is no {what} in runs/; say which with --output RUN.")
-    return next((path for path in reversed(runs) if not (path / "results.json").is_file()), runs[-1])
+    return next((path for path in reversed(runs) if not Run(path).ended), runs[-1])
 
 
-def begun_by_job(wanted: Path, world: World) -> Path | None:
-    """The run that this job of torchrun has begun in `wanted`, or with a number behind that name, and not ended:
-    torchrun starts the processes of a job again where one of them was lost, or where machines come or go."""
+def begun_by_job(wanted: Path, resolved: Resolved, world: World) -> Path | None:
+    """The run with these settings that this job of torchrun has begun in `wanted`, or with a number behind that name,
+    and not ended: torchrun starts the processes of a job again where one of them was lost, and a batch system the whole
+    job."""
     found = ""
     if world.first and (name := job()) is not None:
         states = sorted(
             wanted.parent.glob(f"{wanted.name}*/last/state.safetensors"), key=lambda state: state.stat().st_mtime
         )
-        runs = [Run(state.parent.parent) for state in states]
-        of_job = [run.path for run in runs if (run.launches() or [{}])[-1].get("job") == name]
-        found = next((str(path) for path in reversed(of_job) if not (path / "results.json").is_file()), "")
+        runs = [run for run in (Run(state.parent.parent) for state in states) if not run.ended]
+        of_job = [run for run in runs if (run.launches() or [{}])[-1].get("job") == name]
+        found = next((str(run.path) for run in reversed(of_job) if same(run, resolved)), "")
     found = world.told(found)
     return Path(found) if found else None
 
 
+def same(run: Run, resolved: Resolved) -> bool:
+    """Whether a run was begun with these settings, whatever the machine decided of them."""
+    then = run.recipe()
+    settings = {name for name, who in then.set_by.items() if who != "machine"}
+    return (then.name, then.weights) == (resolved.name, resolved.weights) and all(
+        getattr(then.recipe, name) == getattr(resolved.recipe, name) for name in settings
+    )
+
+
 @contextlib.contextmanager
-def alone(run: Run) -> Iterator[None]:
-    """The block has the run folder to itself: no other process trains in it.
+def alone(run: Run, *, only_asked: bool = False) -> Iterator[None]:
+    """The block has the run folder to itself: no other process trains in it. Several may ask at once.
 
     Raises:
         BadInput: one does.
@@ -129,7 +141,7 @@ def alone(run: Run) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, (fcntl.LOCK_SH if only_asked else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BadInput(f"{run.path} is being trained by another process; vitrail watch shows it.") from None
         yield
@@ -140,7 +152,7 @@ def alone(run: Run) -> Iterator[None]:
 def in_use(run: Run) -> bool:
     """Whether some process trains in the run folder."""
     try:
-        with alone(run):
+        with alone(run, only_asked=True):
             return False
     except BadInput:
         return True

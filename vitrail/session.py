@@ -71,6 +71,7 @@ class Session:
     world: World = ALONE
     books: Books | None = None  # of one of the processes
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
+    lost: str = ""  # what is no longer finite
     images_per_second: float = 0.0  # of the latest steps
     evaluation_seconds: float = 0.0  # that the last one took
     look_at: float = 0.0  # seconds of training behind which there is the next picture of what the model looks at
@@ -80,7 +81,8 @@ class Session:
         train, judged = self.dataset.splits["train"], self.dataset.splits[self.dataset.evaluation]
         pixels = pixels_of(train, self.recipe.image_size, self.device)
         self.batches = TrainingBatches(pixels, self.recipe, self.mean, self.std, self.world)
-        self.batches.divided_by = max(self.recipe.accumulate, self.progress.parts)
+        parts = -(-self.progress.parts // self.world.size)
+        self.batches.divided_by = self.batches.parts_from(max(self.recipe.accumulate, parts))
         self.judged = pixels_of(judged, self.recipe.image_size, self.device, beside=pixels)
         self.trained = replicate(self.model, self.recipe, self.world)
         self.parameters = sum(weight.numel() for weight in self.shipped.parameters())
@@ -149,11 +151,13 @@ class Session:
         end = batches.first_step(epoch + 1)
         began = self.read = time.perf_counter()
         for step in range(progress.step, end):
-            to_stop, to_save = self.world.any(bool(stopped), began - self.saved >= self.checkpoint_every)
-            if to_stop or to_save:
-                if self.pending:  # a signal came after they were looked for, or another process wants to save
+            due = began - self.saved >= self.checkpoint_every
+            to_end, to_stop, to_save = self.world.any(bool(self.lost), bool(stopped), due)
+            if to_end or to_stop or to_save:
+                if self.pending:  # a signal came after they were looked for, or another process asks for it
                     self.read_outcomes()
                     progress.spend(time.perf_counter() - began)
+                self.check_loss()
                 self.save()
                 if to_stop:
                     self.stop(stopped[0] if stopped else signal.SIGTERM)
@@ -168,30 +172,25 @@ class Session:
                 progress.spend(time.perf_counter() - began)
                 self.show(loss, accuracy)
                 began = self.read = time.perf_counter()
+        self.check_loss()
 
     def show(self, loss: float, accuracy: float) -> None:
         """Say how far the run is, and what the latest steps gave."""
         if self.books is None:
             return
         step, steps, epochs = self.progress.step, self.batches.steps, self.recipe.epochs
-        learnt = f"loss {loss:.3f}"
-        if not self.recipe.self_supervised:
-            learnt += f" · accuracy {accuracy:.3f}"
+        learnt = f"loss {loss:.3f}" + (f" · accuracy {accuracy:.3f}" if not self.recipe.self_supervised else "")
         self.books.display.update(step, steps, step / steps * epochs, epochs, learnt, self.images_per_second, self.left)
 
     def read_outcomes(self) -> tuple[float, float]:
-        """Read what the last steps gave: mean loss and accuracy of them, which are also added to the epoch's.
-
-        Raises:
-            Diverged: one of the losses is not finite.
-        """
+        """Read what the last steps gave: mean loss and accuracy of them, which are also added to the epoch's."""
         outcomes = torch.stack(self.pending).tolist()
         self.pending.clear()
         self.progress.input_seconds += self.batches.watch.read()
         first = self.progress.step - len(outcomes)
         for step, (loss, _) in enumerate(outcomes, start=first + 1):
-            if not math.isfinite(loss):
-                self.diverged(f"the training loss is {loss} at step {step}")
+            if not math.isfinite(loss) and not self.lost:
+                self.lost = f"the training loss is {loss} at step {step}"
         now = time.perf_counter()
         pace = len(outcomes) * self.recipe.batch_size / (now - self.read)
         self.images_per_second = 0.8 * self.images_per_second + 0.2 * pace if self.images_per_second else pace
@@ -200,6 +199,16 @@ class Session:
         self.progress.correct += correct
         self.progress.counted += len(outcomes)
         return losses / len(outcomes), correct / (len(outcomes) * self.recipe.batch_size)
+
+    def check_loss(self) -> None:
+        """See whether the losses that were read are finite. All processes ask at the same step, for each reads its own
+        when it has the time.
+
+        Raises:
+            Diverged: they are not.
+        """
+        if self.lost:
+            self.diverged(self.lost)
 
     def end_epoch(self, epoch: int, *, last: bool) -> Judgement:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
@@ -289,7 +298,8 @@ class Session:
     def count(self) -> None:
         """Take down what belongs to the stretch, not to its steps: time, memory, and how memory divides batches."""
         progress, now = self.progress, time.perf_counter()
-        progress.parts = self.batches.divided_by
+        divided = self.batches.divided_by > self.recipe.accumulate
+        progress.parts = self.batches.divided_by * self.world.size if divided else 1
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
         progress.wall_seconds += now - self.counted_until
         self.counted_until = now

@@ -61,10 +61,11 @@ class Decoders:
     def __init__(self, storage: Storage, prefix: str, image_size: int) -> None:
         self.storage, self.prefix, self.image_size = storage, prefix, image_size
         count = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-        self.at_once = max(1, min(64, TASK // (3 * image_size**2)))
         shorter = round(image_size * MARGIN)
         self.slot = 3 * shorter * (LONGEST * shorter + 1)  # bytes of the longest image that there can be
-        self.slots = max(min(ROOM // self.slot, MOST), 3 * count * self.at_once)
+        room = min(ROOM // self.slot, MOST)
+        self.at_once = max(1, min(64, TASK // (3 * image_size**2), room // (3 * count)))
+        self.slots = max(room, 3 * count)
         self._count = count
         self._tasks: deque[_Task] = deque()
         self._coming: deque[str] = deque()

@@ -87,7 +87,7 @@ def train(
     device = pick_device(settings.get("device", start.resolved.recipe.device))
     with join(device) as world:
         wanted = Path(output) if output is not None else Path("runs") / run_name(start.resolved)
-        if run is None and (lost := begun_by_job(wanted, world)) is not None:
+        if run is None and (lost := begun_by_job(wanted, start.resolved, world)) is not None:
             run, resolved = take_up(None, lost, settings)
             start = go_on(run, resolved)
         start = settle(start, device, world)
@@ -137,7 +137,8 @@ def create(wanted: Path, resolved: Resolved, world: World) -> Run:
 
 
 def settle(start: Start, device: torch.device, world: World) -> Start:
-    """The recipe with what hangs on the machine decided. That is kept: a run goes on with it wherever that may be."""
+    """The recipe with what hangs on the machine decided. That is kept: a run goes on with it wherever that may be, but
+    for how many parts a batch is divided into, which may be more where there is less memory."""
     resolved, recipe = start.resolved, start.resolved.recipe
     if recipe.precision == "auto":
         half = world.told(faster_precision(device) if world.first else "") == "bf16"  # measured, so one says for all
@@ -153,8 +154,9 @@ def learner(start: Start, num_classes: int, device: torch.device, world: World) 
     """What is trained, as it begins, on the device; of it, where the processes share the weights, this one's part."""
     built = build_model(start.resolved.recipe, num_classes, start.base)
     start.fill(built)
-    model = to_train(built, start.resolved.recipe).to(device)
-    shard(model, start.resolved.recipe, world)
+    model = to_train(built, start.resolved.recipe)
+    shard(model, start.resolved.recipe, world)  # before it is on a device that may not hold the whole
+    model.to(device)
     if device.type == "cpu":
         keep_freed_memory(not start.resolved.recipe.checkpoint_activations)
     return model

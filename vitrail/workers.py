@@ -123,7 +123,10 @@ def _begin(shared: Any) -> None:
     """What a worker process does first."""
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+    # Ctrl-C, and what batch systems send, reaches all processes of a group; the main one ends the others when it has
+    # done with them, and may need them until then.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

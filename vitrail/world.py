@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, of_many
 
 Found = TypeVar("Found")
 
@@ -92,11 +92,6 @@ class World:
 ALONE = World()
 
 
-def of_many() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def job() -> str | None:
     """A name of the job that this process is started for, the same when torchrun starts it again; None without
     torchrun. It is torchrun's --rdzv-id, where one was given."""
@@ -128,10 +123,11 @@ def join(device: torch.device) -> Iterator[World]:
         return
     world, here = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        if here >= torch.cuda.device_count():
+        there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if wanted > there:
             raise BadInput(
-                f"there are {torch.cuda.device_count()} GPUs here for {os.environ['LOCAL_WORLD_SIZE']} processes; "
-                f"start as many with --nproc-per-node={torch.cuda.device_count()}."
+                f"{wanted} processes want a GPU each, and {socket.gethostname()} has {there}; start as many with "
+                f"--nproc-per-node={there}."
             )
         torch.cuda.set_device(here)
     dist.init_process_group(
