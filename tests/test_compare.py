@@ -310,6 +310,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert re.search(r"^\| `lr` +\| 0\.003 +\| 0\.01 +\|$", settings, flags=re.MULTILINE)
     before = (tmp_path / "compare.html").read_bytes()
     assert main(["compare", named[0]]) == 0  # a page of its own gives way
+    gone = "vitrail: the page that an earlier call wrote as compare.html gives way to this one's"
+    assert capsys.readouterr().err == f"{gone}\nlook at  compare.html\n"
     assert (tmp_path / "compare.html").read_bytes() != before
     for place, says in (("notes.md", "was not written by this command"), (".", "is a folder")):
         (tmp_path / "notes.md").write_text("mine", "utf-8")

@@ -42,6 +42,24 @@ def test_a_drawing_has_the_numbers_of_its_model(name: str, tmp_path: Path, capsy
     assert ("ResNet" in text) == (config.resnet_blocks is not None)
 
 
+def test_a_hybrid_cuts_up_the_feature_map_and_not_the_image(tmp_path: Path) -> None:
+    drawn = {}
+    for name in ("ViT-B/16", "R50+ViT-B/16", "R+ViT-Ti/16"):
+        assert main(["draw", name, "--output", str(tmp_path / "model.svg")]) == 0
+        drawn[name] = (tmp_path / "model.svg").read_text("utf-8")
+    assert {name: svg.count("<image ") for name, svg in drawn.items()} == {
+        "ViT-B/16": 1 + 8, "R50+ViT-B/16": 1, "R+ViT-Ti/16": 1,
+    }  # fmt: skip
+    assert "14 × 14 patches of 16 × 16 × 3" in text_of(drawn["ViT-B/16"])
+    assert "14 × 14 patches of 1 × 1 × 1,024 of the ResNet's feature map" in text_of(drawn["R50+ViT-B/16"])
+    assert "7 × 7 patches of 8 × 8 × 64 of the ResNet's feature map" in text_of(drawn["R+ViT-Ti/16"])
+    with torch.device("meta"):
+        resnet = vitrail.create("R50+ViT-B/16").resnet
+    assert resnet is not None
+    parts = f"ResNet 3+4+9 {sum(weight.numel() for weight in resnet.parameters()):,} parameters"
+    assert parts in " ".join(text_of(drawn["R50+ViT-B/16"]).split())
+
+
 def test_what_later_papers_add_is_drawn() -> None:
     config = ViTConfig(
         16, 4, 24, 48, 3, 2, 5, representation_size=8, positions="rotary", stem="convolutions", registers=2,

@@ -1,14 +1,20 @@
 """Figures agree with their definitions, worked out another way."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from vitrail.cache import Images
 from vitrail.calibration import calibration, calibration_error
-from vitrail.evaluate import Predictions, figures, predict_split
+from vitrail.checkpoint import Run
+from vitrail.errors import Partial
+from vitrail.evaluate import Predictions, figures, predict_files, predict_split
 from vitrail.pixels import Pixels
+from vitrail.resnet import ResNetClassifier, ResNetConfig
 
 CLASSES = tuple("abcdefg")
 
@@ -83,3 +89,12 @@ def test_calibration_bins_are_those_of_the_definition() -> None:
         assert b.confidence == pytest.approx(exact[inside].mean())
     error = sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / len(confidence)
     assert error == pytest.approx(calibration_error(confidence, right), abs=1e-7)
+
+
+@pytest.mark.parametrize(("good", "said"), [(1, "The other file could be read."), (2, "The other 2 files could")])
+def test_how_many_files_could_be_read(good: int, said: str, tmp_path: Path) -> None:
+    Run.create(tmp_path / "run").save_model(ResNetClassifier(ResNetConfig(8, 2, 32, (1,))), ("cat", "dog"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").touch()
+    with pytest.raises(Partial, match=said):
+        predict_files(tmp_path / "run", [tmp_path / "bad.png", *[tmp_path / "a.png"] * good])

@@ -19,7 +19,7 @@ import vitrail
 from vitrail import explainpage, panes
 from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.explainpage import pane_side, share
+from vitrail.explainpage import called_apart, pane_side, share
 from vitrail.looks import Look, lightest, look, open_model
 from vitrail.model import VisionTransformer
 from vitrail.resnet import ResNetClassifier, ResNetConfig
@@ -85,7 +85,12 @@ def test_images_of_ones_own_and_a_class(
     assert page.text.count("what speaks for 7") == 2
     lists = re.findall(r'<dl class="guesses">(.*?)</dl>', page.html, re.DOTALL)
     assert [len(re.findall("<dt[^>]*>7</dt>", each)) for each in lists] == [1, 1]  # with its probability
-    assert all(len(re.findall("<dt", each)) in (3, 4) for each in lists)
+    for each in lists:  # a class that is none of the likeliest is not the next after them
+        *_, last = named = re.findall("<dt[^>]*>([^<]*)</dt>", each)
+        assert len(named) in (3, 5)
+        assert (len(named) == 5) == ("… asked for:" in named) == (last == "7" and named[-2] == "… asked for:")
+    for name in scans:  # two of one name are told apart
+        assert f'<small class="whole" title="{name}">{name}</small>' in page.html
     assert "the colours here are chance" in page.text
     assert main(["explain", str(run), scans[0], "--output", str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["a_b.png", "explain.html"]
@@ -101,6 +106,20 @@ def test_what_systems_and_killed_calls_leave_is_in_nobodys_way(run: Path, scans:
         (folder / f".{name}.123").write_bytes((folder / name).read_bytes()[:3000])
     assert main(words) == 0
     assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", ".mine.png.7", "a_b.png", "explain.html"]
+
+
+def test_images_of_one_name_are_told_apart() -> None:
+    assert called_apart(["in/fish.jpg", "in2/fish.jpg", "in/cat.jpg"]) == ["in/fish.jpg", "in2/fish.jpg", "cat.jpg"]
+
+
+def test_a_run_that_is_not_finished(scans: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = vitrail.train("digits", output=tmp_path / "run", stop_after=1, **(TINY | {"epochs": 3})).run
+    (run / "results.json").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert main(["explain", str(run), scans[0]]) == 0
+    assert f"{run} is not finished: it has done 1 of its 3 epochs" in capsys.readouterr().err
+    page = Page(run / "explain" / "explain.html")
+    assert "Its training is not finished: these weights are those after 1 of 3 epochs." in page.text
 
 
 def test_weights_from_elsewhere(scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +269,13 @@ def test_what_is_nearly_sure_is_not_rounded_to_it(run: Path, tmp_path: Path, mon
         (replace(one, label=-1, gradient=other * 0), "taken for 3 (>99%)", "3 (>99%)\nno patch"),
     ]:
         words.clear()
-        share(tmp_path, seen, open_model(run))
+        share(tmp_path, seen, open_model(run), "a")
         assert words == [f"a\n{image}", looked, f"what speaks for {speaks}"]
-    share(tmp_path, replace(one, guesses=(), gradient=None), open_model(run, 32))
+    share(tmp_path, replace(one, guesses=(), gradient=None), open_model(run, 32), "a")
     assert words[3:] == ["a\n", looked.replace("looks", "looks, at 32 pixels instead of 16")]
+    words.clear()
+    share(tmp_path, one, replace(open_model(run), done="1 of 3 epochs"), "a")
+    assert words[1] == looked.replace("looks", "looks, after 1 of 3 epochs")
 
 
 def test_a_mistake_is_said_in_words(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

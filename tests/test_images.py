@@ -560,3 +560,10 @@ def test_a_damaged_zip_member_is_named(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="Bad CRC"):
         image_of(source, "a/1.png")
     assert image_of(source, "a/2.png").getpixel((0, 0)) == colour("a/2.png")
+
+
+def test_all_kinds_of_images_in_a_folder_are_named(tmp_path: Path) -> None:
+    for name in ("a.JPEG", "b.jpg", "c.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(Unreadable, match=r"name the images in it: \S+/\*\.jpg \S+/\*\.JPEG$"):
+        open_image(tmp_path)

@@ -172,6 +172,23 @@ def test_where_the_model_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert '<div class="pair">' not in Page(report.write_report(run, dataset)).html  # which has no attention
 
 
+def test_figures_in_a_sentence_agree(tmp_path: Path) -> None:
+    dataset = digits()
+    record = read(finish(tmp_path / "run", dataset))
+    told = gallery.scored(record, dataset, "test")
+    assert told is not None
+    for confidence, right, says in (
+        (0.99051, 0.98349, "claims 99.1% and is right 98.3% of the time: it is surer than it should be, by 0.8 points"),
+        (0.98349, 0.99051, "claims 98.3% and is right 99.1% of the time: it is more modest than it need be, by 0.8 po"),
+    ):
+        html = report.render(record, dataset, told | {"confidence": confidence, "accuracy": right})
+        assert says in " ".join(re.sub("<[^>]*>", "", html).split())
+    assert "the image it was surest of, for 8 of 10 classes" in html
+    all_ten = told["rightest"] + told["rightest"][:2]
+    html = report.render(record, dataset, told | {"rightest": all_ten})
+    assert "the image it was surest of, for each class" in html
+
+
 def test_what_the_model_saw(tmp_path: Path) -> None:
     dataset = digits()
     train = dataset.splits["train"]
@@ -401,7 +418,7 @@ def test_a_run_in_one_picture(tmp_path: Path) -> None:
             drawn, meant = picture[674 : 674 + side, at : at + side], Image.fromarray(pixels).resize((side, side))
             assert np.corrcoef(drawn.ravel(), np.asarray(meant).ravel())[0, 1] > 0.9
     words = "chosen, not typical: where it was surest and right, and surest and wrong"
-    assert snapshot.how_chosen(read(run), told) == f"{words} ({told['mistaken']} of 360 are)"
+    assert snapshot.how_chosen(read(run), told) == f"{words}; it is wrong on {told['mistaken']} of 360"
     beside = picture[635:660, 580:1300]  # it is written beside what they are
     assert (np.abs(beside - ImageColor.getrgb(snapshot.SOFT)).max(2) < 40).sum() > 500
     for colour in ("#2348b0", "#a4570a"):  # both curves, in both plots
@@ -439,11 +456,14 @@ def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
         report.write_report(path, data)
         assert (path / "results.png").is_file()  # without weights, and without images
     record = replace(read(tmp_path / "plain"), settings={
-        "data": {"value": "/home/me/photos.zip", "set_by": "command line"},
+        "data": {"value": "../my photos.zip", "set_by": "command line"},
         "batch_size": {"value": 50, "set_by": "command line"}, "flip": {"value": False, "set_by": "command line"},
         "lr": {"value": 0.1, "set_by": "recipe"}, "device": {"value": "cpu", "set_by": "command line"},
     })  # fmt: skip
-    assert snapshot.asked_for(record) == "vitrail train digits --data digits --batch-size 50 --no-flip"
+    assert snapshot.asked_for(record) == "vitrail train digits --data '../my photos.zip' --batch-size 50 --no-flip"
+    assert snapshot.made_by(record).startswith(snapshot.asked_for(record))
+    long = replace(record, settings={"data": {"value": "long/" * 40, "set_by": "command line"}})
+    assert snapshot.made_by(long).startswith("Vitrail ")  # half a command is none
 
 
 @pytest.mark.parametrize(("words", "font"), [("9 · 50% ± 1…", "Aileron"), ("名前 žlutý", "DejaVu Sans")])

@@ -117,7 +117,7 @@ def test_room_is_bounded(size: int, ahead: int, cores: int, monkeypatch: pytest.
     monkeypatch.setattr(stream, "cores", lambda: cores)
     decoders = Decoders(locate("digits")[1], "", size)
     assert ahead <= decoders.slots
-    assert decoders.slots * decoders.slot <= stream.ROOM
+    assert decoders.slots * decoders.slot <= max(stream.ROOM, 3 * cores * decoders.slot)
     assert to_pixels(Image.new("RGB", (9 * size, 2 * size)), size).size <= decoders.slot
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +167,14 @@ def test_what_memory_divided_is_divided_for_any_number_of_processes() -> None:
 
 
 def test_a_job_goes_on_with_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"hidden_size": 16, "mlp_dim": 16, "num_heads": 1, "num_layers": 1, "batch_size": 500, "epochs": 3}
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "mlp_dim": 16,
+        "num_heads": 1,
+        "num_layers": 1,
+        "batch_size": 500,
+        "epochs": 3,
+    }
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     world = {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",

@@ -11,7 +11,7 @@ import numpy as np
 from vitrail import pictures
 from vitrail.checkpoint import write_text
 from vitrail.pictures import EPOCHS, Axis, Chart, Series, Tick, figures, number, percent
-from vitrail.progress import duration
+from vitrail.progress import duration, say
 from vitrail.report import fill
 from vitrail.runs import ELSEWHERE, Judged, Row
 from vitrail.scores import wilson
@@ -131,7 +131,9 @@ class Strip:
 
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
-    """Write the page, at once or not at all."""
+    """Write the page, at once or not at all. What is there gives way, which is said."""
+    if path.exists():
+        say(f"vitrail: the page that an earlier call wrote as {path} gives way to this one's")
     having, settings = differences(rows)
     scale, strips = on_a_scale(rows)
     write_text(path, fill(

@@ -29,6 +29,7 @@ LEFT, RIGHT = 300, 980  # of what the tokens go through
 TOKENS, ENCODER = 584, 550  # where the row of tokens begins, and the encoder ends
 BLOCK = (1050, 1540, 130, 800)  # left, right, top and bottom of what is in a block
 COLUMN = 46  # side of a patch that is shown, in pixels of the drawing
+RESNET = 94  # width of the ResNet of a hybrid
 DENSEST = 32  # patches along a side of the image, up to which their edges are drawn
 SHOWN = 9  # patches up to which all are shown
 
@@ -129,11 +130,12 @@ def shown_patches(grid: int) -> list[int | None]:
 
 
 def draw_patches(sheet: Sheet, model: VisionTransformer, image: NDArray[np.uint8]) -> list[tuple[int | None, float]]:
-    """The image, cut up, and the projection of its patches; returns the patches of the row and where each stands."""
-    config, stem, size = model.config, model.patch_embedding, model.config.image_size
+    """The image, cut up, or whole where a ResNet sees it, whose feature map is cut up then, and the projection of the
+    patches; returns the patches of the row and where each stands."""
+    config, size, resnet = model.config, model.config.image_size, model.resnet
     side, left, top, grid = 166, 60, 662, config.grid
     sheet.image(left, top, side, image)
-    for n in range(1, grid) if grid <= DENSEST else ():
+    for n in range(1, grid) if grid <= DENSEST and resnet is None else ():
         at = side * n / grid
         sheet.thin(left + at, top, left + at, top + side, PAPER)
         sheet.thin(left, top + at, left + side, top + at, PAPER)
@@ -147,22 +149,44 @@ def draw_patches(sheet: Sheet, model: VisionTransformer, image: NDArray[np.uint8
             sheet.text(x, upper + COLUMN / 2, "…", 26)
             continue
         row, column = divmod(patch, grid)
-        sheet.image(x - COLUMN / 2, upper, COLUMN, image[row * cell :, column * cell :][:cell, :cell])
+        if resnet is None:
+            sheet.image(x - COLUMN / 2, upper, COLUMN, image[row * cell :, column * cell :][:cell, :cell])
+        else:
+            for behind in (8, 4, 0):
+                sheet.box(x - COLUMN / 2 + behind, upper + 8 - behind, COLUMN - 8, COLUMN - 8, GREY, 2)
         sheet.line((x, upper - 4), (x, 744))
-    sheet.line((left + side + 12, upper + COLUMN / 2), (columns[0][1] - COLUMN / 2 - 12, upper + COLUMN / 2))
-    middle = (columns[0][1] + columns[-1][1]) / 2
-    sheet.text(middle, 848, f"{grid} × {grid} patches of {cell} × {cell} × 3", 15, colour=SOFT)
+    before, middle = columns[0][1] - COLUMN / 2 - 12, (columns[0][1] + columns[-1][1]) / 2
+    start: float = left + side + 12
+    if resnet is not None:
+        sheet.line((start - 8, upper + COLUMN / 2), (start + 6, upper + COLUMN / 2))
+        start = draw_resnet(sheet, model, start + 10, upper + COLUMN / 2)
+    sheet.line((start, upper + COLUMN / 2), (before + 6 * (resnet is not None), upper + COLUMN / 2))
+    channels, of = model.patch_embedding.projection.weight.shape[1], " of the ResNet's feature map"
+    cut = f"{cell} × {cell} × 3" if resnet is None else f"{config.patch_size} × {config.patch_size} × {channels:,}{of}"
+    sheet.text(middle, 848, f"{grid} × {grid} patches of {cut}", 15, colour=SOFT)
+    draw_projection(sheet, model)
+    return columns
+
+
+def draw_resnet(sheet: Sheet, model: VisionTransformer, left: float, middle: float) -> float:
+    """What makes the feature map of the image; returns where it ends."""
+    blocks = "+".join(str(n) for n in model.config.resnet_blocks or ())
+    details = [blocks or "root alone", f"{count(model.resnet):,}", "parameters"]
+    sheet.labelled(left, middle - 45, RESNET, 90, ROSE, "ResNet", details)
+    return left + RESNET + 4
+
+
+def draw_projection(sheet: Sheet, model: VisionTransformer) -> None:
+    """What makes tokens of patches."""
+    stem = model.patch_embedding
     weights = stem.projection.weight
     name, numbers = "Linear projection of flattened patches", f"{weights[0].numel():,} → {len(weights):,}"
     if model.resnet is not None:
-        blocks = "+".join(str(n) for n in config.resnet_blocks or ()) or "root alone"
-        name, numbers = "ResNet and linear projection", f"{blocks}, {weights[0].numel():,} → {len(weights):,}"
+        name = "Linear projection"
     elif isinstance(stem, ConvolutionalStem):
-        widths = " → ".join(f"{width:,}" for width in (3, *config.stem_widths, len(weights)))
+        widths = " → ".join(f"{width:,}" for width in (3, *model.config.stem_widths, len(weights)))
         name, numbers = "Convolutions of stride 2 and linear projection", widths
-    about = f"{numbers}: {count(stem, model.resnet):,} parameters"
-    sheet.labelled(LEFT, 680, RIGHT - LEFT, 60, ROSE, name, [about])
-    return columns
+    sheet.labelled(LEFT, 680, RIGHT - LEFT, 60, ROSE, name, [f"{numbers}: {count(stem):,} parameters"])
 
 
 def draw_tokens(sheet: Sheet, model: VisionTransformer, columns: Sequence[tuple[int | None, float]]) -> None:

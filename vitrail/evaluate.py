@@ -119,7 +119,7 @@ def predict_split(
     mode."""
     model.eval()
     labels, predicted, probabilities, losses = [], [], [], []
-    with track(len(pixels), "evaluating", "images") as advance:
+    with track(len(world.share(len(pixels))), "evaluating", "images") as advance:
         for batch, label in evaluation_batches(pixels, batch_size or images_at_once(model), mean, std, world):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)[: len(label)]
@@ -179,15 +179,23 @@ def open_classifier(path: Path) -> tuple[Run, Resolved | None]:
     return run, resolved
 
 
-def unfinished(run: Run, resolved: Resolved | None) -> str:
-    """What has to be known of a run that is not at its end; empty of one that is, or that was not trained here."""
+def so_far(run: Run, resolved: Resolved | None) -> tuple[int, int] | None:
+    """How many epochs of how many a run that is not at its end has done; None of one that is, or that was not trained
+    here."""
     path, planned = run.path / "metrics.jsonl", resolved.recipe.epochs if resolved else 0
     lines = path.read_text(encoding="utf-8") if path.is_file() else ""
     done = max(map(int, re.findall(r'^\{"epoch": (\d+),', lines, re.MULTILINE)), default=0)
     if done >= planned and (resolved is None or (run.path / "results.json").is_file()):
+        return None
+    return done, planned
+
+
+def unfinished(run: Run, resolved: Resolved | None) -> str:
+    """What has to be known of a run that is not at its end; empty of others."""
+    if (epochs := so_far(run, resolved)) is None:
         return ""
-    epochs = f"{done} of its {counted(planned, 'epoch')}"
-    return f"{run.path} is not finished: it has done {epochs}, and these weights are those of its last checkpoint"
+    done = f"{epochs[0]} of its {counted(epochs[1], 'epoch')}"
+    return f"{run.path} is not finished: it has done {done}, and these weights are those of its last checkpoint"
 
 
 def own_images(run: Run, recipe: Recipe | None = None) -> str:
@@ -326,5 +334,6 @@ def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[
         )
     ]
     if problems:
-        raise Partial(f"{problems} The other {counted(len(images), 'file')} could be read.", answers)
+        others = "file" if len(images) == 1 else counted(len(images), "file")
+        raise Partial(f"{problems} The other {others} could be read.", answers)
     return answers

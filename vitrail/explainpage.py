@@ -4,6 +4,7 @@ each image to be shared."""
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,19 @@ from vitrail import explain, panes, weights
 from vitrail.checkpoint import write, write_text
 from vitrail.errors import BadInput
 from vitrail.evaluate import pick_device
-from vitrail.looks import MOST, Explained, Look, called, class_of, lightest, look, numbers, open_model, some_images
+from vitrail.looks import (
+    GUESSES,
+    MOST,
+    Explained,
+    Look,
+    called,
+    class_of,
+    lightest,
+    look,
+    numbers,
+    open_model,
+    some_images,
+)
 from vitrail.pictures import Thumbnail, Tick, nice_ticks, percent
 from vitrail.progress import say
 from vitrail.report import fill
@@ -63,7 +76,8 @@ def explain_run(
     for old in output.glob("*"):
         if old.name != "explain.html" and _is_ours(old):
             old.unlink()
-    shared = [share(output, each, explained) for each in looks]
+    titles = called_apart([each.name for each in looks])
+    shared = [share(output, each, explained, title) for each, title in zip(looks, titles, strict=True)]
     write_text(output / "explain.html", page(explained, looks, distances, where, shared))
     return output / "explain.html"
 
@@ -91,12 +105,22 @@ def _is_ours(path: Path) -> bool:
         return MARK.encode() in file.read(4000)
 
 
-def share(folder: Path, one: Look, explained: Explained) -> str:
-    """Write the picture of an image and of what the model looks at in it; returns the file's name."""
+def called_apart(names: Sequence[str]) -> list[str]:
+    """What images are called below their pictures: like their files, and where several are called so, by the path as it
+    was typed."""
+    stems = Counter(Path(name).stem for name in names)
+    return [name if stems[Path(name).stem] > 1 else Path(name).name for name in names]
+
+
+def share(folder: Path, one: Look, explained: Explained, title: str) -> str:
+    """Write the picture of an image, which has that title, and of what the model looks at in it; returns the file's
+    name."""
     large = panes.enlarge(one.pixels, SHARED)
+    after = f", after {explained.done}" if explained.done else ""
+    looks = f"where {explained.name} looks{explained.resized}{after}"
     row = [
-        (large, f"{Path(one.name).stem}\n{verdict(one, explained.classes)}"),
-        (panes.shine(large, one.rollout), f"where {explained.name} looks{explained.resized}\n{most(one.rollout)}"),
+        (large, f"{title}\n{verdict(one, explained.classes)}"),
+        (panes.shine(large, one.rollout), f"{looks}\n{most(one.rollout)}"),
     ]
     if one.gradient is not None:
         target = f"{explained.classes[one.target]} ({percent(dict(one.guesses)[one.target], 0)})"
@@ -138,7 +162,11 @@ def page(
     return fill(
         "explain.html", mark=f'<meta name="generator" content="{MARK}">', name=explained.name, where=where,
         config=config, made_for=explained.made_for, classes=explained.classes, told=explained.told, grey=grey,
-        images=[_shown(each, name, len(looks)) for each, name in zip(looks, shared, strict=True)],
+        done=explained.done,
+        images=[
+            _shown(each, title, file, len(looks))
+            for each, title, file in zip(looks, called_apart([each.name for each in looks]), shared, strict=True)
+        ],
         filters=_filters(filters) if filters is not None else None, no_filters=no_filters,
         similar=_similarities(similar) if similar is not None else None, no_similar=no_similar,
         distance=_distances(distances),
@@ -151,12 +179,13 @@ def pane_side(images: int, heads: int) -> int:
     return max(min(SMALL, math.isqrt(PANES // (images * heads))), 1)
 
 
-def _shown(one: Look, file: str, images: int) -> dict[str, Any]:
+def _shown(one: Look, title: str, file: str, images: int) -> dict[str, Any]:
     side = pane_side(images, one.heads.shape[0] * one.heads.shape[1])
     large, small = panes.enlarge(one.pixels, SIDE), panes.enlarge(one.pixels, side)
     heads = [panes.shine(small, values) for layer in one.heads for values in layer]
     return {
-        "name": one.name, "file": file, "label": one.label, "guesses": one.guesses, "target": one.target,
+        "name": one.name, "title": title, "file": file, "label": one.label, "target": one.target,
+        "guesses": one.guesses, "asked": len(one.guesses) > GUESSES,
         "picture": panes.embed(large), "rollout": panes.embed(panes.shine(large, one.rollout)),
         "gradient": None if one.gradient is None else panes.embed(panes.shine(large, one.gradient)),
         "most": lightest(one.rollout), "most_for": 0.0 if one.gradient is None else lightest(one.gradient),

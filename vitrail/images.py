@@ -223,7 +223,8 @@ def _check_file(path: Path) -> None:
     """Say what would do where there is no file of that name."""
     if path.is_dir():
         suffixes = Counter(file.suffix for file in path.iterdir() if is_image(file.name))
-        inside = f": {path}/*{suffixes.most_common(1)[0][0]}" if suffixes else ", of which there is none"
+        those = " ".join(f"{path}/*{suffix}" for suffix, _ in suffixes.most_common())
+        inside = f": {those}" if suffixes else ", of which there is none"
         raise Unreadable(f"{path}: it is a folder; name the images in it{inside}")
     if not path.exists():
         there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []

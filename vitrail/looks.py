@@ -16,12 +16,12 @@ from vitrail.cache import Split
 from vitrail.checkpoint import Run
 from vitrail.config import Colours
 from vitrail.errors import BadInput, nearest
-from vitrail.evaluate import judged_images, read_files
+from vitrail.evaluate import judged_images, read_files, so_far, unfinished
 from vitrail.formats import HEAD
 from vitrail.model import VisionTransformer
 from vitrail.passage import Passage, as_used
 from vitrail.pixels import pixels_of
-from vitrail.progress import track
+from vitrail.progress import counted, say, track
 from vitrail.resnet import ResNetConfig
 
 SHOWN = 8  # images of a data set
@@ -33,7 +33,8 @@ GUESSES = 3  # classes that are named for an image
 @dataclass(frozen=True)
 class Explained:
     """A model of which it is to be said what it looks at, and what its weights came with. `told`: it has learnt
-    classes, so that what it predicts means something. `made_for`: the side of the images that it was made for."""
+    classes, so that what it predicts means something. `made_for`: the side of the images that it was made for. `done`:
+    `3 of 150 epochs` of a run that is not finished; empty of others."""
 
     name: str
     model: VisionTransformer
@@ -42,6 +43,7 @@ class Explained:
     std: Colours
     told: bool
     made_for: int
+    done: str = ""
 
     @property
     def resized(self) -> str:
@@ -68,23 +70,27 @@ class Look:
 
 def open_model(source: Path, image_size: int | None = None) -> Explained:
     """The model of a run folder, or of anything else that `vitrail import` takes; for images of another size, if one is
-    given.
+    given. Of a run that is not finished, that is said.
 
     Raises:
         BadInput: it cannot be read, or is no Vision Transformer, or the size will not do.
     """
-    told = True
+    told, done = True, ""
     if weights.is_run(source):
         run = Run.open(source)
         if isinstance(run.config()[0], ResNetConfig):
             raise BadInput(f"{source} is a run of a ResNet, which has no attention to look at.")
-        told = not (run.trained and run.recipe().recipe.self_supervised)
+        resolved = run.recipe() if run.trained else None
+        told = not (resolved and resolved.recipe.self_supervised)
+        if epochs := so_far(run, resolved):
+            done = f"{epochs[0]} of {counted(epochs[1], 'epoch')}"
+            say(unfinished(run, resolved))
     found = weights.read(source)
     classes = None if HEAD[0] in found.tensors else 1
     model = weights.build(found, source, image_size=image_size, num_classes=classes)
     return Explained(
         called(source), model, found.classes, found.mean, found.std, told and bool(model.head.weight.any()),
-        found.config.image_size,
+        found.config.image_size, done,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ are those of the page in the light.
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,19 +96,26 @@ def draw(record: Record, told: dict[str, Any] | None, charts: Sequence[Chart]) -
     for place, chart in enumerate(curves):
         plot(canvas, chart, COLUMN + wide * place, 178, wide - 20, (590 if tiles else 800) - 178)
     row(canvas, tiles, how_chosen(record, told))
-    commit = (record.launches[-1] if record.launches else LAUNCH)["commit"]
-    said = " · ".join(filter(None, [asked_for(record), f"Vitrail {__version__}", commit and f"commit {commit[:12]}"]))
-    canvas.write(MARGIN, 872, said, 18, SOFT, room=WIDTH - 2 * MARGIN)
+    canvas.write(MARGIN, 872, made_by(record), 18, SOFT)
     return canvas.picture.reduce(FINE)
 
 
+def made_by(record: Record) -> str:
+    """What asks for the same run, where there is room for all of that, and what it was made by."""
+    commit = (record.launches[-1] if record.launches else LAUNCH)["commit"]
+    by = [f"Vitrail {__version__}", *([f"commit {commit[:12]}"] if commit else [])]
+    said = " · ".join([asked_for(record), *by])
+    fits = fitted(said, 18 * FINE, (WIDTH - 2 * MARGIN) * FINE)[0] == said
+    return said if fits else " · ".join(by)
+
+
 def asked_for(record: Record) -> str:
-    """The command of the run as another would type it: what was set by it, without this machine's folders."""
+    """A command that asks for the same run: the recipe, and what the command line set, as it set it."""
     flags = []
     for name, setting in record.settings.items():
-        flag, value = name.replace("_", "-"), record.dataset if name == "data" else setting["value"]
+        flag, value = name.replace("_", "-"), setting["value"]
         if setting["set_by"] == "command line" and name != "device":
-            named = "" if isinstance(value, bool) else f" {Path(str(value)).name}"
+            named = "" if isinstance(value, bool) else f" {shlex.quote('none' if value is None else str(value))}"
             flags.append(f"--{'no-' if value is False else ''}{flag}{named}")
     return " ".join(["vitrail", "train" if record.objective == "classes" else "pretrain", record.name, *flags])
 
@@ -185,6 +193,7 @@ def plot(canvas: Canvas, chart: Chart, x: float, y: float, width: float, height:
         canvas.write(left - 12, place(0, tick.at)[1], tick.text, 18, SOFT, anchor="rm")
     for tick in chart.x:
         canvas.write(place(tick.at, 0)[0], bottom + 26, tick.text, 18, SOFT, anchor="ms")
+    canvas.write(right + 28, bottom + 26, "epoch", 18, SOFT)
     for curve in chart.curves:
         if curve.area:
             canvas.shape([place(*point) for point in points(curve.area)[0]], "#e2e5f0")
@@ -225,9 +234,9 @@ def how_chosen(record: Record, told: dict[str, Any] | None) -> str:
     """How the pictures below come to be there: mistakes are many more of them than of all images."""
     if record.reconstructions is not None or not (told and record.results):
         return "taken evenly from all" if record.reconstructions is not None else ""
-    wrong = f"wrong ({number(told['mistaken'])} of {number(record.results['count'])} are)"
-    kinds = [words for words, there in (("right", told["rightest"]), (wrong, told["mistakes"])) if there]
-    return f"chosen, not typical: where it was surest and {', and surest and '.join(kinds)}"
+    kinds = [kind for kind, there in (("right", told["rightest"]), ("wrong", told["mistakes"])) if there]
+    wrong = f"it is wrong on {number(told['mistaken'])} of {number(record.results['count'])}"
+    return f"chosen, not typical: where it was surest and {', and surest and '.join(kinds)}; {wrong}"
 
 
 def row(canvas: Canvas, tiles: Sequence[tuple[list[NDArray[np.uint8]], str, str]], chosen: str) -> None:
