@@ -251,7 +251,10 @@ def draw_mix(recipe: Recipe, batch: int, generator: torch.Generator) -> MixDraws
 # Doing
 
 
-def places(draws: Draws, size: int, recipe: Recipe) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]] | None:
+Places = tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]  # rows and columns of squares, to be shown in that order
+
+
+def places(draws: Draws, size: int, recipe: Recipe) -> Places | None:
     """Flips and shifts: which row, and which column, of the square cut out of an image each row and column of the
     augmented image shows. None where the recipe asks for neither.
 

@@ -36,6 +36,11 @@ def first_step(epoch: int, images: int, batch_size: int) -> int:
     return -(-epoch * images // batch_size)
 
 
+def equal_parts(most: int, least: int) -> int:
+    """The least divisor of `most` from `least` up; itself, if it is less."""
+    return next((n for n in range(least, most) if most % n == 0), most)
+
+
 def stream_seed(seed: int, stream: Stream, number: int) -> int:
     """A seed of its own for each use of randomness and each step or epoch `number`."""
     return int(np.random.SeedSequence([seed, STREAMS[stream], number]).generate_state(1, np.uint64)[0] >> 1)
@@ -151,9 +156,8 @@ class TrainingBatches:
             BadInput: the parts are single images already, or single pairs where pairs are mixed; or other processes
                 are in the middle of the same batch.
         """
-        least = 2 if self.recipe.mixes else 1  # images of a part
         if self.divided_by == self.most_parts:
-            what = "a single image takes" if least == 1 else "a pair of images takes"
+            what = "a single image takes" if self.recipe.least_images == 1 else "a pair of images takes"
             raise BadInput(
                 f"the device's memory does not hold what {what}; set --checkpoint-activations, "
                 "or take a smaller model or image."
@@ -168,12 +172,12 @@ class TrainingBatches:
 
     @property
     def most_parts(self) -> int:
-        """Into how many equal parts a process can divide what it has of a batch, pairs left together if mixed."""
-        return self.recipe.batch_size // self.world.size // (2 if self.recipe.mixes else 1)
+        """Into how many equal parts a process can divide what it has of a batch."""
+        return self.recipe.batch_size // self.world.size // self.recipe.least_images
 
     def parts_from(self, least: int) -> int:
         """The least number of equal parts from `least` up; the most there can be, if that is less."""
-        return next((n for n in range(least, self.most_parts) if self.most_parts % n == 0), self.most_parts)
+        return equal_parts(self.most_parts, least)
 
     def size(self, step: int) -> int:
         """Side of the images that the model sees in a step: the recipe's `first_size`, where it has one, in the first

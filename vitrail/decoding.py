@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vitrail.archives import Storage
 from vitrail.errors import BadInput
-from vitrail.images import Source, Unreadable, parse_image, read_file, to_pixels
+from vitrail.images import Source, Unreadable, read_pixels
 from vitrail.progress import track
 from vitrail.workers import Queue, work_through
 
@@ -82,7 +82,7 @@ def _decode(decoder: _Decoder, task: tuple[int, list[str]]) -> _Decoded:
     try:
         for name in names:
             try:
-                images.append(to_pixels(parse_image(read_file(decoder.storage, name)), decoder.image_size))
+                images.append(read_pixels(decoder.storage, name, decoder.image_size))
             except Unreadable as error:
                 problems.append((name, str(error)))
     finally:

@@ -185,17 +185,17 @@ def so_far(run: Run, resolved: Resolved | None) -> tuple[int, int] | None:
     path, planned = run.path / "metrics.jsonl", resolved.recipe.epochs if resolved else 0
     lines = path.read_text(encoding="utf-8") if path.is_file() else ""
     done = max(map(int, re.findall(r'^\{"epoch": (\d+),', lines, re.MULTILINE)), default=0)
-    if done >= planned and (resolved is None or (run.path / "results.json").is_file()):
+    if done >= planned and (resolved is None or run.ended):
         return None
     return done, planned
 
 
-def unfinished(run: Run, resolved: Resolved | None) -> str:
-    """What has to be known of a run that is not at its end; empty of others."""
-    if (epochs := so_far(run, resolved)) is None:
-        return ""
-    done = f"{epochs[0]} of its {counted(epochs[1], 'epoch')}"
-    return f"{run.path} is not finished: it has done {done}, and these weights are those of its last checkpoint"
+def say_if_unfinished(run: Run, resolved: Resolved | None) -> tuple[int, int] | None:
+    """Say what has to be known of a run that is not at its end; returns what `so_far` does."""
+    if epochs := so_far(run, resolved):
+        done = f"{epochs[0]} of its {counted(epochs[1], 'epoch')}"
+        say(f"{run.path} is not finished: it has done {done}, and these weights are those of its last checkpoint")
+    return epochs
 
 
 def own_images(run: Run, recipe: Recipe | None = None) -> str:
@@ -259,8 +259,7 @@ def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -
     mean, std = run.preprocessing()
     size = model.config.image_size
     name, split, images = judged_images(run, data, size, classes, recipe=recipe)
-    if told := unfinished(run, resolved):
-        say(told)
+    say_if_unfinished(run, resolved)
     pixels = pixels_of(images, size, pick_device("auto"))
     predict = partial(
         predict_split, model.to(pixels.device), pixels, precision=(recipe or Recipe()).precision, mean=mean, std=std
@@ -317,8 +316,7 @@ def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[
     mean, std = run.preprocessing()
     size = model.config.image_size
     images, problems = readable(files, size)
-    if told := unfinished(run, resolved):
-        say(told)
+    say_if_unfinished(run, resolved)
     pixels = Pixels(images, size, pick_device("auto"))
     predictions = predict_split(model.to(pixels.device), pixels, top=top, mean=mean, std=std)
     answers = [

@@ -150,7 +150,7 @@ def _record(source: Path) -> Record | None:
         BadInput: the files that say it are damaged.
     """
     run = Run(source)
-    if not run.trained or not (source / "results.json").is_file():
+    if not run.trained or not run.ended:
         return None
     resolved = run.recipe()
     # Not where the data was: its name is in the results, and its path is nobody else's business.

@@ -78,7 +78,7 @@ def explain_run(
             old.unlink()
     titles = called_apart([each.name for each in looks])
     shared = [share(output, each, explained, title) for each, title in zip(looks, titles, strict=True)]
-    write_text(output / "explain.html", page(explained, looks, distances, where, shared))
+    write_text(output / "explain.html", page(explained, looks, distances, where, titles, shared))
     return output / "explain.html"
 
 
@@ -152,7 +152,8 @@ def most(values: NDArray[np.float32]) -> str:
 
 
 def page(
-    explained: Explained, looks: Sequence[Look], distances: NDArray[np.float32], where: str, shared: Sequence[str]
+    explained: Explained, looks: Sequence[Look], distances: NDArray[np.float32], where: str, titles: Sequence[str],
+    shared: Sequence[str],
 ) -> str:  # fmt: skip
     """The page as HTML."""
     config = explained.model.config
@@ -165,7 +166,7 @@ def page(
         done=explained.done,
         images=[
             _shown(each, title, file, len(looks))
-            for each, title, file in zip(looks, called_apart([each.name for each in looks]), shared, strict=True)
+            for each, title, file in zip(looks, titles, shared, strict=True)
         ],
         filters=_filters(filters) if filters is not None else None, no_filters=no_filters,
         similar=_similarities(similar) if similar is not None else None, no_similar=no_similar,

@@ -278,6 +278,15 @@ def to_pixels(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
         return np.array(image)
 
 
+def read_pixels(storage: Storage, name: str, image_size: int) -> NDArray[np.uint8]:
+    """A file of a data set as `to_pixels` has it.
+
+    Raises:
+        Unreadable: it is not there, or is no image that can be read.
+    """
+    return to_pixels(parse_image(read_file(storage, name)), image_size)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image upright, as its EXIF says, and in RGB: greys (of 16 bits the upper 8), palettes, CMYK; what is
     transparent shows white.

@@ -16,12 +16,12 @@ from vitrail.cache import Split
 from vitrail.checkpoint import Run
 from vitrail.config import Colours
 from vitrail.errors import BadInput, nearest
-from vitrail.evaluate import judged_images, read_files, so_far, unfinished
+from vitrail.evaluate import judged_images, read_files, say_if_unfinished
 from vitrail.formats import HEAD
 from vitrail.model import VisionTransformer
 from vitrail.passage import Passage, as_used
 from vitrail.pixels import pixels_of
-from vitrail.progress import counted, say, track
+from vitrail.progress import counted, track
 from vitrail.resnet import ResNetConfig
 
 SHOWN = 8  # images of a data set
@@ -82,9 +82,8 @@ def open_model(source: Path, image_size: int | None = None) -> Explained:
             raise BadInput(f"{source} is a run of a ResNet, which has no attention to look at.")
         resolved = run.recipe() if run.trained else None
         told = not (resolved and resolved.recipe.self_supervised)
-        if epochs := so_far(run, resolved):
+        if epochs := say_if_unfinished(run, resolved):
             done = f"{epochs[0]} of {counted(epochs[1], 'epoch')}"
-            say(unfinished(run, resolved))
     found = weights.read(source)
     classes = None if HEAD[0] in found.tensors else 1
     model = weights.build(found, source, image_size=image_size, num_classes=classes)

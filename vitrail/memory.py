@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vitrail.batches import equal_parts
 from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
 from vitrail.model import PLAIN_ATTENTION_TOKENS
@@ -90,24 +91,19 @@ def fit(recipe: Recipe, config: Config) -> Recipe:
     free = free_memory()
     if free is None or not isinstance(config, ViTConfig) or recipe.self_supervised:
         return recipe
-    batch, least = recipe.batch_size, least_images(recipe)
+    batch, least = recipe.batch_size, recipe.least_images
     if (room := images_that_fit(recipe, config, free)) * recipe.accumulate >= batch:
         return recipe
     if room < least:
         raise BadInput(too_large(recipe, config, free))
-    most, together = batch // least, batch // recipe.accumulate
-    parts = next(n for n in range(recipe.accumulate, most + 1) if most % n == 0 and batch <= n * room)
+    together = batch // recipe.accumulate
+    parts = equal_parts(batch // least, max(recipe.accumulate, -(-batch // room)))
     say(
         f"{together:,} images of {counted(config.num_tokens, 'token')} at a time would need "
         f"{gigabytes(needed(recipe, config, together))} of memory, and {gigabytes(free)} are free: each batch is "
         f"worked through in {parts} parts of {counted(batch // parts, 'image')}"
     )
     return replace(recipe, accumulate=parts)
-
-
-def least_images(recipe: Recipe) -> int:
-    """How many a part of a batch has at least."""
-    return 2 if recipe.mixes else 1
 
 
 def needed(recipe: Recipe, config: ViTConfig, images: int) -> float:
@@ -124,7 +120,7 @@ def images_that_fit(recipe: Recipe, config: ViTConfig, free: int) -> int:
 
 def too_large(recipe: Recipe, config: ViTConfig, free: int) -> str:
     """Why not even one image fits, and what would do."""
-    least, cell = least_images(recipe), config.cell
+    least, cell = recipe.least_images, config.cell
     again = replace(recipe, checkpoint_activations=True)
     sizes = range(cell, config.image_size, cell)
     mends = ["--checkpoint-activations"] if images_that_fit(again, config, free) >= least else []

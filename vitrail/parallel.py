@@ -2,7 +2,8 @@
 Both are torch's; here is which process has what, and how the weights come together again."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def check_shares(recipe: Recipe, world: World) -> None:
     Raises:
         BadInput: they cannot.
     """
-    least = world.size * recipe.accumulate * (2 if recipe.mixes else 1)
+    least = world.size * recipe.accumulate * recipe.least_images
     if recipe.batch_size % least:
         of = f"{world.size} processes" + (f" with --accumulate {recipe.accumulate}" if recipe.accumulate > 1 else "")
         pairs = ", whose images are mixed in pairs," if recipe.mixes else ""
@@ -63,68 +64,57 @@ def replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=recipe.self_supervised)
 
 
-def in_parts(model: nn.Module) -> bool:
-    """Whether each process has a part of the model only; a part of such a model is one too."""
+def is_part(tensor: Tensor) -> bool:
+    """Whether it is what this process has of a larger tensor: a DTensor, with what that has beside a Tensor."""
     if not dist.is_initialized():
         return False
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # which takes as long to import
 
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
+    return isinstance(tensor, DTensor)
 
 
 @contextmanager
 def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
     """A backward pass in the block adds up the gradients of all processes only if it is the `last` of a step."""
-    if in_parts(model):
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
-        yield
-    elif isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
+    if isinstance(model, DistributedDataParallel):
+        with nullcontext() if last else model.no_sync():
             yield
-    else:
-        yield
+        return
+    if (set_sync := getattr(model, "set_requires_gradient_sync", None)) is not None:  # FSDP2's
+        set_sync(last)
+    yield
 
 
-def whole(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Any], world: World) -> dict[str, Tensor]:
     """The tensors with all their parts, for the first process; all of them have to ask for it. What was in parts comes
     one after the other, and is put into the processor's memory: a device need not hold all of it."""
-    if not dist.is_initialized():
-        return dict(tensors)
-    from torch.distributed.tensor import DTensor
-
     complete = {}
     for name, tensor in tensors.items():
-        found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found = tensor.full_tensor() if is_part(tensor) else tensor
         if world.first:
-            complete[name] = found.cpu() if isinstance(tensor, DTensor) else found
+            complete[name] = found.cpu() if is_part(tensor) else found
     return complete
 
 
-def finite(tensor: Tensor) -> bool:
+def finite(tensor: Any) -> bool:
     """Whether all numbers are, of the part that this process has."""
-    if dist.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return bool(tensor.isfinite().all())
+    return bool((tensor.to_local() if is_part(tensor) else tensor).isfinite().all())
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
+def like(tensor: Tensor, other: Any) -> Tensor:
     """The tensor as the other is: on its device, and of it only the part that this process has of the other."""
     tensor = tensor.to(other.device)
-    if not dist.is_initialized():
+    if not is_part(other):
         return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    if isinstance(other, DTensor):
-        return distribute_tensor(tensor, other.device_mesh, other.placements)
-    return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
 
 
 def ordinary(model: Model, world: World) -> Model:
     """The model as it is in a process that is alone: itself, or, where it is in parts, another with all its weights, on
     the processor. It is for the first process; all of them have to ask for it."""
-    if not in_parts(model):
+    if not any(map(is_part, model.parameters())):
         return model
     weights = whole(model.state_dict(), world)
     if not world.first:

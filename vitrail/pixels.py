@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from vitrail.augment import send
+from vitrail.augment import Places, send
 from vitrail.cache import Images, Split
 
 FREE = 0.5  # of a GPU's free memory, what images may take; the rest is for what training them takes
@@ -27,11 +27,9 @@ class Pixels:
     """
 
     def __init__(self, images: Images, image_size: int, device: torch.device, beside: "Pixels | None" = None) -> None:
-        self.images: Split = images
-        self.size = image_size
-        self.device = device
-        self.ahead = images.ahead if device.type == "cpu" else 0  # how many images `read_ahead` is of use for
-        self.labels = torch.from_numpy(images.labels).to(device)
+        self._take(images, image_size, device)
+        if device.type != "cpu":
+            self.ahead = 0
         self.colours: UInt8[Tensor, "pixels 3"] = (
             torch.from_numpy(images.pixels).view(-1, 3).to(device) if beside is None else beside.colours
         )
@@ -39,6 +37,13 @@ class Pixels:
         self.sizes = torch.from_numpy(images.sizes).to(device)
         # Where all are of the right size already, cutting is only picking rows of one array.
         self.uniform = bool((images.sizes == image_size).all()) and not (images.offsets % (image_size**2 * 3)).any()
+
+    def _take(self, images: Split, image_size: int, device: torch.device) -> None:
+        self.images = images
+        self.size = image_size
+        self.device = device
+        self.ahead = images.ahead  # how many images `read_ahead` is of use for
+        self.labels = torch.from_numpy(images.labels).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,10 +53,7 @@ class Pixels:
         self.images.expect([number for index in cuts for number in dict.fromkeys(index.tolist())])
 
     def cut(
-        self,
-        index: Int[Tensor, " B"],
-        window: Float[Tensor, "B 2"],
-        places: tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]] | None = None,
+        self, index: Int[Tensor, " B"], window: Float[Tensor, "B 2"], places: Places | None = None
     ) -> UInt8[Tensor, "B 3 S S"]:
         """A square of each image of `index`; `window` says where, from 0 (top, left) to 1 (bottom, right), and
         `places` which of its rows and columns to show, if not all in their order. In memory, colours come last.
@@ -77,17 +79,10 @@ class HostPixels(Pixels):
     sent to the device. They are those that `Pixels` cuts."""
 
     def __init__(self, images: Split, image_size: int, device: torch.device) -> None:
-        self.images = images
-        self.size = image_size
-        self.device = device
-        self.ahead = images.ahead
-        self.labels = torch.from_numpy(images.labels).to(device)
+        self._take(images, image_size, device)
 
     def cut(
-        self,
-        index: Int[Tensor, " B"],
-        window: Float[Tensor, "B 2"],
-        places: tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]] | None = None,
+        self, index: Int[Tensor, " B"], window: Float[Tensor, "B 2"], places: Places | None = None
     ) -> UInt8[Tensor, "B 3 S S"]:
         """As of `Pixels`."""
         size, numbers, windows = self.size, index.tolist(), window.cpu().numpy()

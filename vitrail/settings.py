@@ -185,6 +185,11 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def least_images(self) -> int:
+        """How many images a part of a batch has at least: pairs that are mixed stay together."""
+        return 2 if self.mixes else 1
+
+    @property
     def self_supervised(self) -> bool:
         """Whether it is a recipe of pre-training, which reads no labels."""
         return self.objective != "classes"

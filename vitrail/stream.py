@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrail.archives import Storage
-from vitrail.images import LONGEST, MARGIN, Unreadable, parse_image, read_file, to_pixels
+from vitrail.images import LONGEST, MARGIN, Unreadable, read_pixels
 from vitrail.workers import Workers, cores, ended_from_outside
 
 ROOM = 1 << 28  # bytes that decoded images may take before they are asked for, were all as long as they may be
@@ -86,7 +86,7 @@ class Decoders:
             Unreadable: it cannot be read. The message names it.
         """
         try:
-            return to_pixels(parse_image(read_file(self.storage, self.prefix + name)), self.image_size)
+            return read_pixels(self.storage, self.prefix + name, self.image_size)
         except Unreadable as error:
             raise _cannot_be_read(name, str(error)) from None
 
@@ -156,7 +156,7 @@ def _decode(decoder: _Decoder, task: list[tuple[str, int]]) -> list[tuple[int, i
     found: list[tuple[int, int] | str] = []
     for name, slot in task:
         try:
-            image = to_pixels(parse_image(read_file(decoder.storage, name)), decoder.image_size)
+            image = read_pixels(decoder.storage, name, decoder.image_size)
         except Unreadable as error:
             found.append(str(error))
             continue

@@ -73,7 +73,7 @@ class Watched:
         """The page of the run, made here while it goes on; when it is done, the one that is written then, if it is
         there."""
         report = self.run / "report.html"
-        if (self.run / "results.json").is_file() and report.is_file():
+        if Run(self.run).ended and report.is_file():
             return report.read_text(encoding="utf-8")
         record = read(self.run)
         told = scored(record, self.dataset, split_of(record, self.dataset))
@@ -226,7 +226,7 @@ def watch(run: Path, dataset: Dataset | None, why_none: str, host: str, port: in
     """
     watched = Watched(run, dataset)
     if why_none and PICTURE not in watched.page():  # that of a run that is done was written, perhaps with pictures
-        until = "" if (run / "results.json").is_file() else " while the run goes on"
+        until = "" if Run(run).ended else " while the run goes on"
         say(f"vitrail: the page is without pictures{until}: {why_none}")
     with listen(watched, host, port) as server:
         say(f"look at  {where(host, server.server_address[1])}  (Ctrl-C ends it)")
