@@ -5,6 +5,7 @@
 #   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh training inference rest   # beside peers, and the floor
 #   DATA=tiny-imagenet-200 OUT=out bench/h100.sh input       # a folder here: ImageFolder reads from it
 #   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh vit-12  # or any other recipe, in full; SEED=1 for another seed
+#   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh tiny-imagenet tiny-imagenet   # pre-trained first: name it twice
 #   vitrail bench --add out/results/speed/NAME.json --output docs/speed.md     # afterwards: the rows, on the page
 #   bench/h100.sh --toy                                      # every piece, small, on the processor: do they run?
 #
@@ -27,16 +28,16 @@ vitrail() {
   [[ $status == 0 || $status == 124 ]] || exit "$status"
 }
 
-# The training run of the recipe $1, begun or taken up.
+# The run $1 of `vitrail $2 $3` and the flags behind it, begun or taken up.
 run() {
   local folder=$OUT/$1-$SEED
   if [[ -f $folder/results.json ]]; then
     echo "$1 is done: $folder"
   elif [[ -f $folder/last/state.safetensors ]]; then
-    vitrail train --resume --output "$folder" --data "$DATA"
+    vitrail "$2" --resume --output "$folder" --data "$DATA"
   else
     rm -rf "$folder" # ended before its first checkpoint
-    vitrail train "$1" --data "$DATA" --seed "$SEED" --output "$folder" "${train[@]}" "${@:2}"
+    vitrail "$2" "$3" --data "$DATA" --seed "$SEED" --output "$folder" "${train[@]}" "${@:4}"
   fi
 }
 
@@ -46,29 +47,46 @@ piece() {
     training | inference) vitrail bench "$1" "${bench[@]}" --output "$OUT/docs/speed.md" ;;
     rest) vitrail bench profile memory start "${bench[@]}" --output "$OUT/docs/speed.md" ;;
     input) vitrail bench input "${bench[@]}" ${DATA:+--data "$DATA"} --output "$OUT/docs/speed.md" ;;
-    *) run "$1" "${small[@]}" ;;
+    tiny-imagenet*)
+      local pretrained=$1-pretrained
+      if [[ -f $OUT/$pretrained-$SEED/results.json ]]; then
+        run "$1" train "$1" --from "$OUT/$pretrained-$SEED" "${small[@]}"
+      else
+        run "$pretrained" pretrain "$1" "${small[@]}" "${shape[@]}"
+      fi ;;
+    *) run "$1" train "$1" "${small[@]}" "${shape[@]}" ;;
   esac
 }
 
-small=()
+small=() shape=()
 if [[ ${1:-} == --toy ]]; then
   OUT=$(mktemp -d)
   trap 'rm -rf "$OUT"' EXIT
   bench=(--device cpu --precision fp32 --rounds 1 --seconds 0 --toy)
   train=(--device cpu --compile)
-  small=(--epochs 2 --image-size 16 --patch-size 4 --hidden-size 32 --mlp-dim 64 --num-heads 2 --num-layers 1)
+  small=(--epochs 2)
+  shape=(--image-size 16 --patch-size 4 --hidden-size 32 --mlp-dim 64 --num-heads 2 --num-layers 1)
   mkdir -p "$OUT/docs"
   for name in training inference rest; do piece "$name"; done
   DATA='' piece input # of images that it makes
   DATA=digits
-  run vit-12 "${small[@]}" --stop-after 1
+  run vit-12 train vit-12 "${small[@]}" "${shape[@]}" --stop-after 1
   rm "$OUT/vit-12-0/results.json" # as if its time had been up
   piece vit-12
   [[ $(wc -l < "$OUT/vit-12-0/metrics.jsonl") == 2 && -f $OUT/vit-12-0/results.json ]] || { echo "vit-12 was not taken up" >&2; exit 1; }
+  train=(--device cpu)
+  for name in tiny-imagenet tiny-imagenet; do piece "$name"; done
+  shape+=(--first-size 8)
+  piece speedrun
+  shape=(--image-size 16)
+  piece resnet-18
+  for name in tiny-imagenet speedrun resnet-18; do
+    [[ -f $OUT/$name-0/results.json ]] || { echo "$name was not trained" >&2; exit 1; }
+  done
   echo "every piece runs"
   exit
 fi
-[[ $# -gt 0 ]] || { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
+[[ $# -gt 0 ]] || { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
 [[ -n ${DATA:-} ]] || { echo "say where Tiny ImageNet is: DATA=tiny-imagenet-200.zip $0 $*" >&2; exit 2; }
 "$python" - <<'CHECK'
 import sys, torch

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import vitrail
@@ -140,6 +142,27 @@ def test_pre_training_follows_the_same_curve(tmp_path: Path) -> None:
         train(processes, tmp_path / name, *pretrain, *more)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_streamed_images_are_shared_as_others_are(tmp_path: Path) -> None:
+    scans = cache.load("digits", 8).splits["train"]
+    for i in range(300):
+        (tmp_path / "scans" / f"{scans.labels[i]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scans.image(i)).save(tmp_path / "scans" / f"{scans.labels[i]}" / f"{i}.png")
+    streamed = [*TINY, f"--data={tmp_path / 'scans'}", "--stream"]
+    train(0, tmp_path / "one", *streamed, "--accumulate=2")
+    train(2, tmp_path / "two", *streamed)
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    assert (tmp_path / "two" / WEIGHTS).read_bytes() == (tmp_path / "one" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
+def test_compiled_models_follow_the_same_curve(alone: Path, tmp_path: Path) -> None:
+    for parallel in ("ddp", "fsdp"):
+        train(2, tmp_path / parallel, *TINY, "--ema-decay=0.9", "--compile", f"--parallel={parallel}")
+        np.testing.assert_allclose(losses(tmp_path / parallel), losses(alone), rtol=1e-4)
+        names = load_file(tmp_path / parallel / WEIGHTS).keys()
+        assert names == load_file(alone / WEIGHTS).keys()
 
 
 def test_a_loss_that_is_not_finite_is_said_once(tmp_path: Path) -> None:

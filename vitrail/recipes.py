@@ -26,8 +26,18 @@ YOURS = ""  # data that has to be named
 _SMALL: dict[str, Any] = {
     "data": YOURS, "image_size": 64, "flip": "random", "crop": 6,
     "patch_size": 8, "hidden_size": 256, "mlp_dim": 1024, "num_heads": 4, "num_layers": 6, "classifier": "gap",
-    "zero_residual": True, "batch_size": 250, "optimizer": "muon", "lr": 2e-3, "weight_decay": 0.05,
+    "zero_residual": True, "batch_size": 250, "optimizer": "muon", "lr": 2e-3, "muon_lr": 0.01, "weight_decay": 0.05,
     "label_smoothing": 0.1, "schedule": "linear", "cooldown": 0.7, "warmup": 0.05, "precision": "auto",
+}  # fmt: skip
+# For processors: as narrow as that many epochs take, most of them on images of a quarter of the patches.
+_HOUR: dict[str, Any] = _SMALL | {
+    "data": "tiny-imagenet", "hidden_size": 128, "mlp_dim": 512, "num_heads": 2, "first_size": 32, "first_share": 0.6,
+}  # fmt: skip
+# Minutes of one H100: twice as deep, and what keeps a model that sees each image for the hundredth time from learning
+# it by heart.
+_H100: dict[str, Any] = _SMALL | {
+    "data": "tiny-imagenet", "hidden_size": 384, "mlp_dim": 1536, "num_heads": 6, "num_layers": 12,
+    "batch_size": 500, "policy": "3-augment", "mixup": 0.8, "cutmix": 1.0, "stochastic_depth": 0.1,
 }  # fmt: skip
 
 DEFAULT = "digits"
@@ -53,8 +63,10 @@ RECIPES: dict[str, Recipe] = {
     "vit-12": Recipe(
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
-    # vitrail train laptop: for two cores of a laptop.
-    "laptop": Recipe(**_SMALL | {"data": "tiny-imagenet"}, first_size=48, epochs=10),
+    # vitrail train laptop, coffee: an hour of two cores, and a quarter of one. What more time is worth to them is more
+    # epochs first, then a wider model (docs/experiments.md).
+    "laptop": Recipe(**_HOUR, epochs=16),
+    "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384}, epochs=6),
     # vitrail train small --data D: for any folder of small images. Larger ones are shrunk to 64 pixels. Not measured.
     "small": Recipe(**_SMALL, epochs=50),
     # vitrail train cifar-10, cifar-100: the same model on as many patches. Not measured: no copy was at hand.
