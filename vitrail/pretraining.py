@@ -8,6 +8,7 @@ patches that it does not see. `MaskedPatchPrediction` is the paper's own (sectio
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -26,6 +27,7 @@ from vitrail.pixels import Pixels
 from vitrail.positions import sincos_positions
 from vitrail.progress import track
 from vitrail.settings import Recipe
+from vitrail.world import ALONE, World
 
 LEVELS = 8  # of a colour channel: 3 bits
 SHARES = {"patches": 0.5, "pixels": 0.75}  # of the patches that are masked, as in the papers
@@ -45,7 +47,7 @@ class Masks:
     visible: Int[Tensor, "B others"]
     source: Int[Tensor, "B N"]
 
-    def part(self, rows: slice) -> "Masks":
+    def part(self, rows: slice | Int[Tensor, " b"]) -> "Masks":
         """Those of some of the images."""
         return Masks(self.masked[rows], self.visible[rows], self.source[rows])
 
@@ -246,19 +248,22 @@ def moments(patches: Float[Tensor, "B M pixels"]) -> tuple[Float[Tensor, "B M 1"
 
 
 @torch.inference_mode()
-def judge_reconstruction(model: Pretraining, pixels: Pixels, recipe: Recipe) -> Judgement:
-    """The mean loss over every image of a split, and pictures of a few of them. The masks hang on the seed alone, so
-    that epochs can be compared. The model is left in evaluation mode."""
+def judge_reconstruction(model: Pretraining, pixels: Pixels, recipe: Recipe, world: World = ALONE) -> Judgement:
+    """The mean loss over every image of a split, and pictures of a few of them. The masks of each image hang on the
+    seed alone, so that epochs can be compared. The processes of a `world` do equal parts of the work, and each returns
+    the whole. The model is left in evaluation mode."""
     model.eval()
     patches, device = model.encoder.config.grid**2, pixels.device
-    random, losses = generator(recipe.seed, "judged masks", 0), []
-    with track(len(pixels), "evaluating", "images") as advance:
-        for images, labels in evaluation_batches(pixels, BATCH):
-            masks = draw_masks(recipe, len(images), patches, random).to(device)
+    masks = draw_masks(recipe, len(pixels), patches, generator(recipe.seed, "judged masks", 0))
+    share, done, losses = torch.from_numpy(world.share(len(pixels))), 0, []
+    with track(len(share), "evaluating", "images") as advance:
+        for images, labels in evaluation_batches(pixels, BATCH, world=world):
+            rows = share[torch.arange(done, done + len(images)).clamp(max=len(share) - 1)]  # as the images of a batch
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                losses.append(model(images, masks)[: len(labels)].float().cpu())
+                losses.append(model(images, masks.part(rows).to(device))[: len(labels)].float().cpu())
+            done += len(labels)
             advance(len(labels))
-    loss = float(torch.cat(losses).mean(dtype=torch.float64))
+    loss = float(world.joined(torch.cat(losses).numpy())[: len(pixels)].mean(dtype=np.float64))
     results = {"objective": recipe.objective, "count": len(pixels), "loss": loss}
     return Judgement({"loss": loss}, results, "reconstructions", draw_pictures(model, pixels, recipe))
 

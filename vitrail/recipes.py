@@ -29,7 +29,8 @@ _SMALL: dict[str, Any] = {
     "zero_residual": True, "batch_size": 250, "optimizer": "muon", "lr": 2e-3, "muon_lr": 0.01, "weight_decay": 0.05,
     "label_smoothing": 0.1, "schedule": "linear", "cooldown": 0.7, "warmup": 0.05, "precision": "auto",
 }  # fmt: skip
-# For processors: as narrow as that many epochs take, most of them on images of a quarter of the patches.
+# For processors. In little time, images seen count for more than the width of a model (docs/experiments.md): a narrow
+# one, and most of its steps on images of a quarter of the patches.
 _HOUR: dict[str, Any] = _SMALL | {
     "data": "tiny-imagenet", "hidden_size": 128, "mlp_dim": 512, "num_heads": 2, "first_size": 32, "first_share": 0.6,
 }  # fmt: skip
@@ -63,10 +64,16 @@ RECIPES: dict[str, Recipe] = {
     "vit-12": Recipe(
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
-    # vitrail train laptop, coffee: an hour of two cores, and a quarter of one. What more time is worth to them is more
-    # epochs first, then a wider model (docs/experiments.md).
+    # vitrail train laptop, coffee: an hour of two cores, and a quarter of one.
     "laptop": Recipe(**_HOUR, epochs=16),
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384}, epochs=6),
+    # For seconds and minutes of an H100. Not measured: none was at hand. Both of tiny-imagenet go on from `vitrail
+    # pretrain` by the same recipe (bench/h100.sh does both), of as many epochs, which see a quarter of the patches. At
+    # 22.9% of its peak, the best share that has been published for such a model (docs/scale.md), an epoch of each takes
+    # 4.8 s together, so that 100 leave two of ten minutes for the rest.
+    "speedrun": Recipe(**_SMALL | {"data": "tiny-imagenet"}, first_size=32, first_share=0.6, epochs=8),
+    "tiny-imagenet": Recipe(**_H100, epochs=100),
+    "tiny-imagenet-20": Recipe(**_H100, epochs=200),
     # vitrail train small --data D: for any folder of small images. Larger ones are shrunk to 64 pixels. Not measured.
     "small": Recipe(**_SMALL, epochs=50),
     # vitrail train cifar-10, cifar-100: the same model on as many patches. Not measured: no copy was at hand.

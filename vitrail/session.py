@@ -264,7 +264,7 @@ class Session:
         kept = self.device.type == "cpu" and not self.recipe.checkpoint_activations
         with self.average.in_place(), kept_memory_as_it_is(kept):
             if isinstance(self.model, Pretraining):
-                judgement = judge_reconstruction(self.model, self.judged, self.recipe)
+                judgement = judge_reconstruction(self.model, self.judged, self.recipe, self.world)
             else:
                 predictions = predict_split(
                     self.model, self.judged, precision=self.recipe.precision, mean=self.mean, std=self.std,
