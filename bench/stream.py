@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitrail import cache, stream, workers
-from vitrail.archives import cache_root
-from vitrail.pixels import pixels_of
-from vitrail.workers import cores
+from vitrail.data import cache, stream, workers
+from vitrail.data.archives import cache_root
+from vitrail.data.workers import cores
+from vitrail.input.pixels import pixels_of
 
 WIDTH, HEIGHT = 500, 375
 CLASSES = 10

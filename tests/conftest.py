@@ -48,8 +48,8 @@ def no_network() -> Iterator[None]:
 def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
     """A function that starts a run and has it die when it is about to do the step of that number (from 0). What was
     saved before is all that is left; a run that saves after each step loses nothing else."""
-    from vitrail import session
-    from vitrail.step import train_step
+    from vitrail.training import session
+    from vitrail.training.step import train_step
 
     def cut(start: Callable[[], object], at: int) -> None:
         def step_or_die(model: Any, optimizer: Any, batches: Any, step: int) -> Any:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitrail.card import model_card
-from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.exchange import CHECK, WRITE, Library
-from vitrail.formats import Imported
-from vitrail.model import VisionTransformer
-from vitrail.variants import VARIANTS
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.variants import VARIANTS
+from vitrail.weights.card import model_card
+from vitrail.weights.exchange import CHECK, WRITE, Library
+from vitrail.weights.formats import Imported
 
 LIBRARIES: tuple[Library, ...] = ("transformers", "timm")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=24, mlp_dim=50, num_heads=3, num_layers=2, num_classes=3)

@@ -9,12 +9,12 @@ import numpy as np
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
-from vitrail.cache import Dataset, Images, Split
-from vitrail.checkpoint import Run
-from vitrail.config import ViTConfig
-from vitrail.evaluate import Predictions, figures
-from vitrail.model import VisionTransformer
+from vitrail.data.cache import Dataset, Images, Split
+from vitrail.evaluation.evaluate import Predictions, figures
 from vitrail.recipes import RECIPES, resolve
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import Run
 
 EPOCHS = RECIPES["digits"].epochs
 

@@ -15,14 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
-from vitrail.additions import ConvolutionalStem, ResidualScale, drop_patches, zero_residuals
-from vitrail.checkpoint import Run
-from vitrail.config import ADDITIONS, ViTConfig
 from vitrail.errors import BadInput
-from vitrail.exchange import CHECK
-from vitrail.floor import forward_flops, training_flops
-from vitrail.model import Attention, VisionTransformer
-from vitrail.positions import apply_rotary, grid, rotary_positions, sincos_positions
+from vitrail.vit.additions import ConvolutionalStem, ResidualScale, drop_patches, zero_residuals
+from vitrail.vit.config import ADDITIONS, ViTConfig
+from vitrail.vit.floor import forward_flops, training_flops
+from vitrail.vit.model import Attention, VisionTransformer
+from vitrail.vit.positions import apply_rotary, grid, rotary_positions, sincos_positions
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.exchange import CHECK
 
 CPU = torch.device("cpu")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
@@ -94,7 +94,7 @@ def test_what_is_for_training_leaves_weights_and_evaluation_as_they_are(added: d
 def test_both_ways_to_attend_and_to_save_memory_agree(added: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(added)
     expected = step(model)
-    monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
+    monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
     torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-5)
     for _ in range(2):  # fused, then plain
         with torch.autocast("cpu", torch.bfloat16):

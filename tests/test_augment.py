@@ -12,8 +12,9 @@ from PIL import Image
 from scipy.stats import beta, chisquare, ks_2samp, kstest  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vitrail import operations
-from vitrail.augment import (
+from vitrail.errors import BadInput
+from vitrail.input import operations
+from vitrail.input.augment import (
     Draws,
     Rows,
     apply_policy,
@@ -27,7 +28,6 @@ from vitrail.augment import (
     reframe,
     rotate,
 )  # fmt: skip
-from vitrail.errors import BadInput
 from vitrail.settings import Recipe
 
 SIZE = 16

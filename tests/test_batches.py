@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from vitrail.augment import draw, places, rotate
-from vitrail.batches import Targets, TrainingBatches, evaluation_batches, generator
-from vitrail.cache import Images
+from vitrail.data.cache import Images
 from vitrail.errors import BadInput
-from vitrail.pixels import Pixels
+from vitrail.input.augment import draw, places, rotate
+from vitrail.input.batches import Targets, TrainingBatches, evaluation_batches, generator
+from vitrail.input.pixels import Pixels
 from vitrail.settings import Recipe
 
 CPU = torch.device("cpu")

@@ -19,17 +19,14 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail import bench, floor, peers, speedpage
-from vitrail.bench import FLOORS, TASKS, Session, make_images
 from vitrail.cli import main
-from vitrail.commands import BENCH_TASKS
-from vitrail.config import ViTConfig
+from vitrail.commands.commands import BENCH_TASKS
 from vitrail.environment import describe
 from vitrail.errors import BadInput
-from vitrail.floor import Product, bandwidth, forward_flops, matrix_rate, product_seconds, products, training_flops
-from vitrail.model import VisionTransformer
-from vitrail.operators import KINDS, OTHER, OUTSIDE, kind, profiled
-from vitrail.rounds import (
+from vitrail.speed import bench, peers, speedpage
+from vitrail.speed.bench import FLOORS, TASKS, Session, make_images
+from vitrail.speed.operators import KINDS, OTHER, OUTSIDE, kind, profiled
+from vitrail.speed.rounds import (
     FLOOR,
     OURS,
     Case,
@@ -43,6 +40,10 @@ from vitrail.rounds import (
     training_unit,
     warm_up,
 )
+from vitrail.vit import floor
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.floor import Product, bandwidth, forward_flops, matrix_rate, product_seconds, products, training_flops
+from vitrail.vit.model import VisionTransformer
 
 CPU = torch.device("cpu")
 TINY = ViTConfig(image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=2, num_classes=3)

@@ -13,11 +13,12 @@ from pages import CHROMIUM, Browser
 from PIL import Image
 from run_folders import add_weights, begin, digits, finish, noise
 
-from vitrail import compare, progress, report, runs, watch
-from vitrail.cache import load
-from vitrail.checkpoint import Run
-from vitrail.explainpage import explain_run
-from vitrail.training import train
+from vitrail import progress
+from vitrail.data.cache import load
+from vitrail.pages import compare, report, runs, watch
+from vitrail.pages.explainpage import explain_run
+from vitrail.training.train import train
+from vitrail.weights.checkpoint import Run
 
 # Where it has to be there, as in the workflow that has it set this variable, nothing is skipped: the tests fail.
 WANTED = os.environ.get("BROWSER_TESTS") == "required"

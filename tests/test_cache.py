@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail import workers
-from vitrail.cache import Dataset, Images, Split, load, load_for_evaluation
+from vitrail.data import workers
+from vitrail.data.cache import Dataset, Images, Split, load, load_for_evaluation
+from vitrail.data.images import open_image, to_pixels
 from vitrail.errors import BadInput
-from vitrail.images import open_image, to_pixels
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def same(one: Dataset, other: Dataset) -> bool:
 @pytest.mark.parametrize("patience", [0.0, 60.0], ids=["on all cores", "in this process"])
 def test_what_is_loaded_is_what_the_files_say(patience: float, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "PATIENCE", patience)
-    monkeypatch.setattr("vitrail.decoding.TASK", 16 * 16 * 3 * 4)  # tasks of four images
+    monkeypatch.setattr("vitrail.data.decoding.TASK", 16 * 16 * 3 * 4)  # tasks of four images
     dataset = load(str(photos), 16)
     assert (dataset.name, dataset.classes, dataset.evaluation) == ("photos", ("ant", "bee", "cat"), "test")
     assert list(dataset.splits) == ["train", "test"]
@@ -163,7 +163,7 @@ def test_where_there_is_no_room_nothing_is_left(
     patience: float, photos: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "PATIENCE", patience)
-    monkeypatch.setattr("vitrail.decoding.TASK", 32 * 32 * 3 * 4)
+    monkeypatch.setattr("vitrail.data.decoding.TASK", 32 * 32 * 3 * 4)
     with pytest.raises(OSError, match="File too large"):
         load(str(photos), 32)
     assert not list(root.iterdir())
@@ -303,7 +303,7 @@ def test_a_pack_is_read_like_a_split() -> None:
 
 SCRIPT = """
 import hashlib, sys
-from vitrail import cache, decoding, workers
+from vitrail.data import cache, decoding, workers
 workers.PATIENCE, decoding.TASK = 0.0, 16 * 16 * 3 * 2
 print("once", flush=True)
 dataset = cache.load(sys.argv[1], 16)

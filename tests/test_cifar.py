@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from test_download import serving
 
-from vitrail import cache, images
-from vitrail.cifar import SIDE
 from vitrail.cli import main
-from vitrail.download import CIFAR_10, CIFAR_100, Remote
+from vitrail.data import cache, images
+from vitrail.data.cifar import SIDE
+from vitrail.data.download import CIFAR_10, CIFAR_100, Remote
 from vitrail.errors import BadInput
 
 ANIMALS = ("bird", "cat", "dog")

@@ -23,15 +23,15 @@ import torch
 from PIL import Image
 
 import vitrail
-from vitrail import cache
-from vitrail.arguments import Parser
-from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.commands import COMMANDS
+from vitrail.commands.arguments import Parser
+from vitrail.commands.commands import COMMANDS
+from vitrail.data import cache
 from vitrail.errors import BadInput, Diverged, Stopped
-from vitrail.evaluate import predict_files
+from vitrail.evaluation.evaluate import predict_files
 from vitrail.recipes import RECIPES, resolve
 from vitrail.settings import Recipe
+from vitrail.weights.checkpoint import Run
 
 HELPS = [["-h"], *([command, "-h"] for command in COMMANDS)]
 
@@ -543,9 +543,9 @@ def test_import_is_instant_and_names_are_there() -> None:
 import sys, vitrail
 assert "torch" not in sys.modules
 assert set(vitrail.__all__) <= set(dir(vitrail))
-import vitrail.training
+import vitrail.training.train
 from vitrail import train
-assert vitrail.train is train is vitrail.training.train
+assert vitrail.train is train is vitrail.training.train.train
 assert all(callable(getattr(vitrail, name)) for name in vitrail.__all__ if name != "__version__")
 """
     subprocess.run([sys.executable, "-c", script], check=True)

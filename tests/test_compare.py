@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from pages import Page, assert_self_contained
 
-from vitrail import compare, runs
-from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer
+from vitrail.pages import compare, runs
 from vitrail.recipes import resolve
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import Run
 
 RESULTS = Path(__file__).parent.parent / "results"
 SEEDS = [RESULTS / f"digits-seed-{seed}" for seed in range(3)]

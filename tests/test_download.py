@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail import images
-from vitrail.download import TINY_IMAGENET, Remote, fetch
+from vitrail.data import images
+from vitrail.data.download import TINY_IMAGENET, Remote, fetch
+from vitrail.data.images import locate, read_source
 from vitrail.errors import BadInput
-from vitrail.images import locate, read_source
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 QUICK = (0.01, 0.01, 0.01)  # pauses

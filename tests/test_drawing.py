@@ -14,10 +14,10 @@ from PIL import Image
 
 import vitrail
 from vitrail.cli import main
-from vitrail.config import ViTConfig
-from vitrail.drawing import draw, shown_patches, window
-from vitrail.model import VisionTransformer
-from vitrail.variants import sizes
+from vitrail.pages.drawing import draw, shown_patches, window
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.variants import sizes
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 

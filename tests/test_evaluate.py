@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
-from vitrail.cache import Images
-from vitrail.calibration import calibration, calibration_error
-from vitrail.checkpoint import Run
+from vitrail.data.cache import Images
 from vitrail.errors import Partial
-from vitrail.evaluate import Predictions, figures, predict_files, predict_split
-from vitrail.pixels import Pixels
-from vitrail.resnet import ResNetClassifier, ResNetConfig
+from vitrail.evaluation.calibration import calibration, calibration_error
+from vitrail.evaluation.evaluate import Predictions, figures, predict_files, predict_split
+from vitrail.input.pixels import Pixels
+from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
+from vitrail.weights.checkpoint import Run
 
 CLASSES = tuple("abcdefg")
 

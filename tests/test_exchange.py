@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 
 import vitrail
-from vitrail import exchange
-from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.config import ViTConfig
+from vitrail.data.images import to_pixels
 from vitrail.errors import BadInput
-from vitrail.evaluate import predict_files
-from vitrail.exchange import export_model, import_run
-from vitrail.images import to_pixels
-from vitrail.model import VisionTransformer
+from vitrail.evaluation.evaluate import predict_files
 from vitrail.recipes import resolve
-from vitrail.variants import VARIANTS
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.variants import VARIANTS
+from vitrail.weights import exchange
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.exchange import export_model, import_run
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = ViTConfig(image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=1, num_classes=10)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import vitrail
-from vitrail import explain, passage
-from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import Attention, VisionTransformer
-from vitrail.resnet import ResNetClassifier, ResNetConfig
+from vitrail.explanation import explain, passage
 from vitrail.settings import Classifier
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import Attention, VisionTransformer
+from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
 
 Array = NDArray[np.float64]
 

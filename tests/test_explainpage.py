@@ -16,14 +16,14 @@ from pages import Page, assert_self_contained
 from PIL import Image
 
 import vitrail
-from vitrail import explainpage, panes
-from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.explainpage import called_apart, pane_side, share
-from vitrail.looks import Look, lightest, look, open_model
-from vitrail.model import VisionTransformer
-from vitrail.resnet import ResNetClassifier, ResNetConfig
-from vitrail.variants import VARIANTS
+from vitrail.explanation.looks import Look, lightest, look, open_model
+from vitrail.pages import explainpage, panes
+from vitrail.pages.explainpage import called_apart, pane_side, share
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
+from vitrail.vit.variants import VARIANTS
+from vitrail.weights.checkpoint import Run
 
 GOLDEN = Path(__file__).parent / "golden"
 ALL_LAYERS = pytest.mark.skipif("LARGE_TESTS" not in os.environ, reason="takes 10 s; LARGE_TESTS=1 has it run")
@@ -189,7 +189,7 @@ def test_what_cannot_be_explained_is_said(
 MEMORY = """
 import sys
 from pathlib import Path
-from vitrail.explainpage import explain_run
+from vitrail.pages.explainpage import explain_run
 from vitrail.process import resident
 before = resident()[0]
 explain_run(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]))

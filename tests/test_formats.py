@@ -13,11 +13,11 @@ from folders import CLASSES, LIBRARIES, MEAN, SMALL, STD, TINY, change, change_w
 from test_weights import damaged, peak
 
 import vitrail
-from vitrail.config import HALF, ViTConfig
 from vitrail.errors import BadInput
-from vitrail.exchange import CHECK, Library
-from vitrail.timm_format import crop_share, mlp_ratio
-from vitrail.weights import read
+from vitrail.vit.config import HALF, ViTConfig
+from vitrail.weights.exchange import CHECK, Library
+from vitrail.weights.load import read
+from vitrail.weights.timm_format import crop_share, mlp_ratio
 
 FUZZED = 400  # files of each kind
 ROOM = 400e6  # bytes that reading them may add to the process; they have 10 KB each

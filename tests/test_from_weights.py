@@ -12,19 +12,19 @@ import yaml
 from folders import MEAN, SMALL, STD, imported, written
 
 import vitrail
-from vitrail import cache
-from vitrail.batches import TrainingBatches
-from vitrail.checkpoint import Run
 from vitrail.cli import main
+from vitrail.data import cache
 from vitrail.errors import BadInput
-from vitrail.evaluate import figures, predict_split
-from vitrail.model import VisionTransformer
-from vitrail.pixels import pixels_of
-from vitrail.positions import resize_position_embedding
+from vitrail.evaluation.evaluate import figures, predict_split
+from vitrail.input.batches import TrainingBatches
+from vitrail.input.pixels import pixels_of
+from vitrail.pages.runs import load as load_runs
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
-from vitrail.runs import load as load_runs
-from vitrail.session import Result
-from vitrail.transfer import begin
+from vitrail.training.session import Result
+from vitrail.training.transfer import begin
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.positions import resize_position_embedding
+from vitrail.weights.checkpoint import Run
 
 GOLDEN = Path(__file__).parent / "golden"
 # For digits, and seconds, instead of the recipe's photographs
@@ -84,7 +84,7 @@ def test_the_recipe_is_the_official_one() -> None:
 
 
 def begun(weights: Path, num_classes: int = 10, **settings: Any) -> tuple[VisionTransformer, Any]:
-    from vitrail.training import build_model
+    from vitrail.training.train import build_model
 
     start = begin(resolve(FINE_TUNE, **QUICK | settings), weights)
     model = build_model(start.resolved.recipe, num_classes, start.base)

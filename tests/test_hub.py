@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail import cache, workers
 from vitrail.cli import main
+from vitrail.data import cache, workers
+from vitrail.data.images import Digits, is_there, locate
 from vitrail.errors import BadInput
-from vitrail.images import Digits, is_there, locate
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None, reason="datasets is not installed: pip install -e '.[hub]'"

@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vitrail import archives
-from vitrail.cache import load
-from vitrail.errors import BadInput
-from vitrail.images import (
+from vitrail.data import archives
+from vitrail.data.cache import load
+from vitrail.data.images import (
     Source,
     Unreadable,
     locate,
@@ -33,7 +32,8 @@ from vitrail.images import (
     to_pixels,
     to_rgb,
 )
-from vitrail.layouts import hold_out
+from vitrail.data.layouts import hold_out
+from vitrail.errors import BadInput
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 import vitrail
-from vitrail import cache, memory
-from vitrail.checkpoint import Run
-from vitrail.config import ViTConfig
+from vitrail.data import cache
 from vitrail.errors import BadInput
-from vitrail.evaluate import predict_split
-from vitrail.model import VisionTransformer
-from vitrail.pixels import pixels_of
+from vitrail.evaluation.evaluate import predict_split
+from vitrail.input import memory
+from vitrail.input.pixels import pixels_of
 from vitrail.recipes import resolve
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import Run
 
 GAP = ViTConfig(32, 4, 64, 256, 4, 6, 10, classifier="gap")
 MEMINFO = "MemTotal:       24684092 kB\nMemAvailable:   20000000 kB\n"
@@ -84,14 +85,15 @@ def test_a_step_takes_what_is_counted_and_checkpoints_are_worth_it() -> None:
     """In a process of its own, as training sets it up; memory that glibc keeps would be three times as much."""
     script = """
 import torch
-from vitrail import cache, memory
-from vitrail.batches import TrainingBatches
-from vitrail.optimize import build_optimizer
-from vitrail.pixels import pixels_of
+from vitrail.data import cache
+from vitrail.input import memory
+from vitrail.input.batches import TrainingBatches
+from vitrail.training.optimize import build_optimizer
+from vitrail.input.pixels import pixels_of
 from vitrail.process import keep_freed_memory, resident
 from vitrail.recipes import resolve
-from vitrail.step import train_step
-from vitrail.training import build_model
+from vitrail.training.step import train_step
+from vitrail.training.train import build_model
 recipe = resolve("digits", image_size=64, num_layers=12, batch_size=16, checkpoint_activations=True).recipe
 keep_freed_memory(not recipe.checkpoint_activations)
 model = build_model(recipe, 10).train()

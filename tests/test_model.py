@@ -13,17 +13,17 @@ from scipy import ndimage  # type: ignore[import-untyped]
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
-from vitrail.config import Gelu, ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import (
+from vitrail.vit.config import Gelu, ViTConfig
+from vitrail.vit.model import (
     MLP,
     Attention,
     Dropout,
     TransformerEncoderBlock,
     VisionTransformer,
 )  # fmt: skip
-from vitrail.positions import resize_position_embedding
-from vitrail.variants import VARIANTS, flops
+from vitrail.vit.positions import resize_position_embedding
+from vitrail.vit.variants import VARIANTS, flops
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
@@ -63,7 +63,7 @@ def test_logits_at_a_larger_image_size_are_the_official_ones(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["token", "gap", "pre-logits"])
 def test_both_ways_to_attend_give_the_official_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
+    monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
     test_logits_are_the_official_ones(case)
 
 
@@ -73,7 +73,7 @@ def test_what_the_head_does_not_read_is_not_computed_and_changes_nothing(
     fused: bool, representation_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fused:
-        monkeypatch.setattr("vitrail.model.PLAIN_ATTENTION_TOKENS", 0)
+        monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)
     torch.manual_seed(4)
     model = VisionTransformer(replace(SMALL, num_layers=6, mlp_dim=128, representation_size=representation_size))
     torch.nn.init.normal_(model.head.weight)

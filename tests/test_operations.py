@@ -15,7 +15,7 @@ from scipy.stats import chisquare  # type: ignore[import-untyped]
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from vitrail import operations
+from vitrail.input import operations
 
 SIDES = (32, 45)  # an odd one too: its centre is a pixel's
 Batched = Callable[[Tensor, Tensor], Tensor]
@@ -255,7 +255,7 @@ def test_operations_are_compiled_whole() -> None:
     """Without what checks shapes in tests, which cannot be: in a process of its own."""
     program = """
 import torch
-from vitrail import operations as o
+from vitrail.input import operations as o
 
 pixels, by = (torch.rand(4, 3, 32, 32) * 255).round(), torch.tensor([1.0, 2.0, 0.5, 3.0])
 plain = (o.invert, o.grayscale, o.autocontrast, o.equalize)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail import muon
-from vitrail.config import ViTConfig
-from vitrail.model import VisionTransformer
-from vitrail.muon import COEFFICIENTS, orthogonalise
-from vitrail.optimize import RunningAverage, build_optimizer, learning_rate, parameter_groups
 from vitrail.recipes import RECIPES
 from vitrail.settings import Recipe
+from vitrail.training import muon
+from vitrail.training.muon import COEFFICIENTS, orthogonalise
+from vitrail.training.optimize import RunningAverage, build_optimizer, learning_rate, parameter_groups
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
 
 CONFIG = ViTConfig(image_size=8, patch_size=4, hidden_size=8, mlp_dim=16, num_heads=2, num_layers=1, num_classes=3)
 MODEL = VisionTransformer(replace(CONFIG, registers=2, qk_norm=True, layer_scale=0.1))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import vitrail
-from vitrail import explain, passage
-from vitrail.cache import Images
-from vitrail.config import HALF, ViTConfig
-from vitrail.looks import Explained, look
-from vitrail.model import Attention, TransformerEncoderBlock, VisionTransformer
+from vitrail.data.cache import Images
+from vitrail.explanation import explain, passage
+from vitrail.explanation.looks import Explained, look
+from vitrail.vit.config import HALF, ViTConfig
+from vitrail.vit.model import Attention, TransformerEncoderBlock, VisionTransformer
 
 
 @pytest.mark.parametrize("config", (KINDS | ADDED).values(), ids=KINDS | ADDED)

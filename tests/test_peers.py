@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitrail
-from vitrail.config import HALF, ViTConfig
+from vitrail.data.images import to_pixels
 from vitrail.errors import BadInput
-from vitrail.exchange import Library
-from vitrail.images import to_pixels
-from vitrail.model import VisionTransformer
-from vitrail.peers import declare_operators
-from vitrail.weights import build, read
+from vitrail.speed.peers import declare_operators
+from vitrail.vit.config import HALF, ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.exchange import Library
+from vitrail.weights.load import build, read
 
 
 def peer(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail import pictures
+from vitrail.pages import pictures
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vitrail
-from vitrail import cache
-from vitrail.batches import TrainingBatches, evaluation_batches, generator
-from vitrail.checkpoint import Run, read_tensors
 from vitrail.cli import main
+from vitrail.data import cache
 from vitrail.errors import BadInput
-from vitrail.evaluate import evaluate_run, predict_files
-from vitrail.exchange import export_model
-from vitrail.model import VisionTransformer
-from vitrail.optimize import parameter_groups
-from vitrail.pixels import Pixels, pixels_of
-from vitrail.pretraining import (
+from vitrail.evaluation.evaluate import evaluate_run, predict_files
+from vitrail.input.batches import TrainingBatches, evaluation_batches, generator
+from vitrail.input.pixels import Pixels, pixels_of
+from vitrail.recipes import resolve
+from vitrail.settings import Recipe
+from vitrail.training.optimize import parameter_groups
+from vitrail.training.pretraining import (
     MaskedAutoencoder,
     MaskedPatchPrediction,
     Masks,
@@ -34,11 +33,12 @@ from vitrail.pretraining import (
     judge_reconstruction,
     mean_colours,
 )
-from vitrail.recipes import resolve
-from vitrail.resume import latest
-from vitrail.settings import Recipe
-from vitrail.step import gradient
-from vitrail.training import build_model, to_train
+from vitrail.training.resume import latest
+from vitrail.training.step import gradient
+from vitrail.training.train import build_model, to_train
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import Run, read_tensors
+from vitrail.weights.exchange import export_model
 
 Objective = Literal["patches", "pixels"]
 OBJECTIVES: tuple[Objective, ...] = ("patches", "pixels")

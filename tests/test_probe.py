@@ -12,10 +12,10 @@ from folders import SMALL, imported, written
 from sklearn.linear_model import Ridge
 
 import vitrail
-from vitrail import probe as probing
 from vitrail.cli import main
 from vitrail.errors import BadInput
-from vitrail.probe import CONSTANT, PENALTY, choose_shots, fit, probe
+from vitrail.evaluation import probe as probing
+from vitrail.evaluation.probe import CONSTANT, PENALTY, choose_shots, fit, probe
 
 
 @pytest.fixture(scope="module")

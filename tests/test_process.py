@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrail.floor import faster_precision
+from vitrail.vit.floor import faster_precision
 
 CPU_INFO = Path("/proc/cpuinfo")
 

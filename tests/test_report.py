@@ -18,17 +18,19 @@ from run_folders import EPOCHS, add_weights, answer, begin, digits, finish, nois
 from safetensors.numpy import save_file
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from vitrail import __version__, curves, gallery, panes, pictures, report, scores, snapshot, views
-from vitrail.cache import Dataset
-from vitrail.checkpoint import Run, write_tensors
-from vitrail.config import HALF
+from vitrail import __version__
+from vitrail.data.cache import Dataset
 from vitrail.errors import BadInput
-from vitrail.explain import attended
-from vitrail.panes import enlarge, shine
+from vitrail.evaluation import scores
+from vitrail.explanation.explain import attended
+from vitrail.pages import curves, gallery, panes, pictures, report, snapshot, views
+from vitrail.pages.panes import enlarge, shine
+from vitrail.pages.record import read
+from vitrail.pages.views import samples
 from vitrail.recipes import resolve
-from vitrail.record import read
-from vitrail.resnet import ResNetClassifier, ResNetConfig
-from vitrail.views import samples
+from vitrail.vit.config import HALF
+from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
+from vitrail.weights.checkpoint import Run, write_tensors
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -16,18 +16,18 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import vitrail
-from vitrail.checkpoint import Run
 from vitrail.cli import main
-from vitrail.compare import differences
 from vitrail.errors import BadInput
-from vitrail.evaluate import evaluate_run, predict_files
-from vitrail.exchange import export_model
-from vitrail.muon import orthogonalise
-from vitrail.optimize import build_optimizer
+from vitrail.evaluation.evaluate import evaluate_run, predict_files
+from vitrail.pages.compare import differences
+from vitrail.pages.runs import load
 from vitrail.recipes import RECIPES, resolve
-from vitrail.resnet import BasicBlock, ResNetClassifier, ResNetConfig
-from vitrail.runs import load
 from vitrail.settings import Recipe
+from vitrail.training.muon import orthogonalise
+from vitrail.training.optimize import build_optimizer
+from vitrail.vit.resnet import BasicBlock, ResNetClassifier, ResNetConfig
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.exchange import export_model
 
 Array = NDArray[np.float64]
 SMALL = ResNetConfig(image_size=16, num_classes=5, width=32, blocks=(1, 2))

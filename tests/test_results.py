@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from vitrail.checkpoint import Run
+import vitrail
 from vitrail.cli import main
 from vitrail.recipes import RECIPES
+from vitrail.training.train import model_config
+from vitrail.weights.checkpoint import Run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -38,6 +40,19 @@ def test_a_run_is_kept_with_all_that_it_takes_to_repeat_it(run: Path) -> None:
     assert all(re.fullmatch("[0-9a-f]{40}", launch["commit"]) for launch in launches)
     last = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert (last["epoch"], last["val_top1"]) == (found["epochs"], found["top1"])
+
+
+def test_the_model_that_is_kept_is_that_of_its_run() -> None:
+    """Its card has the run's figures; the weights are loaded by the command that the README gives."""
+    run, folder = ROOT / "results" / "laptop-seed-0", ROOT / "models" / "laptop"
+    found, model = results(run), vitrail.load(folder)
+    assert isinstance(model, vitrail.VisionTransformer)
+    assert sum(weight.numel() for weight in model.parameters()) == found["parameters"]
+    assert model_config(Run(run).recipe().recipe, 200) == model.config
+    card = (folder / "README.md").read_text("utf-8")
+    assert f"| top-1 | {found['top1']:.4f} |" in card
+    assert f"| commit | {Run(run).launches()[-1]['commit']} |" in card
+    assert (folder / "model.safetensors").stat().st_size < 20e6
 
 
 def test_the_first_epochs_beside_the_original() -> None:

@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.batches import Targets, TrainingBatches
-from vitrail.cache import Images
-from vitrail.config import ViTConfig
+from vitrail.data.cache import Images
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer
-from vitrail.optimize import build_optimizer
-from vitrail.pixels import Pixels
+from vitrail.input.batches import Targets, TrainingBatches
+from vitrail.input.pixels import Pixels
 from vitrail.progress import counted
 from vitrail.settings import Recipe
-from vitrail.step import gradient, mean_loss, train_step
-from vitrail.training import model_config
+from vitrail.training.optimize import build_optimizer
+from vitrail.training.step import gradient, mean_loss, train_step
+from vitrail.training.train import model_config
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(

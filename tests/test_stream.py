@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail import cache, stream
-from vitrail.cache import Images
+from vitrail.data import cache, stream
+from vitrail.data.cache import Images
+from vitrail.data.images import locate, to_pixels
+from vitrail.data.stream import Decoders, Streamed
 from vitrail.errors import BadInput
-from vitrail.images import locate, to_pixels
-from vitrail.stream import Decoders, Streamed
 
 # torch is not imported here: workers import this file.
 COUNT, SIZE = 40, 16
@@ -160,7 +160,7 @@ def imported_torch(decoder: Any, task: None) -> tuple[bool, str]:
 def test_squares_cut_on_the_host_are_those_cut_on_the_device(decoded: Images, streamed: Streamed) -> None:
     import torch
 
-    from vitrail.pixels import HostPixels, Pixels
+    from vitrail.input.pixels import HostPixels, Pixels
 
     cpu, random = torch.device("cpu"), torch.Generator().manual_seed(0)
     index = torch.randint(0, len(decoded), (20,), generator=random)
@@ -179,7 +179,7 @@ def test_squares_cut_on_the_host_are_those_cut_on_the_device(decoded: Images, st
 def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(decoded: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from vitrail import pixels
+    from vitrail.input import pixels
 
     if not torch.cuda.is_available():
         pytest.skip("it takes a CUDA device")
@@ -197,8 +197,8 @@ def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(decoded: Images, mon
 def test_images_beyond_memory_are_read_ahead(decoded: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from vitrail.batches import TrainingBatches, evaluation_batches
-    from vitrail.pixels import pixels_of
+    from vitrail.input.batches import TrainingBatches, evaluation_batches
+    from vitrail.input.pixels import pixels_of
     from vitrail.settings import Recipe
 
     recipe = Recipe(image_size=SIZE, batch_size=8, accumulate=2, repeats=2, epochs=2)
@@ -230,7 +230,7 @@ def test_images_beyond_memory_are_read_ahead(decoded: Images, monkeypatch: pytes
 
 def test_a_streamed_run_ends_with_the_bits_of_the_cached_one(tmp_path: Path, photos: Path) -> None:
     import vitrail
-    from vitrail.evaluate import evaluate_run
+    from vitrail.evaluation.evaluate import evaluate_run
 
     tiny: dict[str, Any] = {
         "data": str(photos), "image_size": SIZE, "patch_size": 8, "hidden_size": 16, "mlp_dim": 16, "num_heads": 1,

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from vitrail import cache, workers
-from vitrail.batches import TrainingBatches
 from vitrail.cli import main
+from vitrail.data import cache, workers
+from vitrail.data.survey import Inspection, inspect, show
 from vitrail.errors import BadInput
-from vitrail.pixels import pixels_of
+from vitrail.input.batches import TrainingBatches
+from vitrail.input.pixels import pixels_of
+from vitrail.pages.views import Sample, View, samples, sheet
 from vitrail.settings import Recipe
-from vitrail.survey import Inspection, inspect, show
-from vitrail.views import Sample, View, samples, sheet
 
 
 def put(path: Path, seed: int, size: tuple[int, int] = (10, 8), mode: str = "RGB") -> None:
@@ -59,7 +59,7 @@ def printed(inspection: Inspection) -> str:
 @pytest.mark.parametrize("patience", [0.0, 60.0], ids=["on all cores", "in this process"])
 def test_everything_that_is_wrong_is_found(patience: float, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "PATIENCE", patience)
-    monkeypatch.setattr("vitrail.survey.AT_ONCE", 3)
+    monkeypatch.setattr("vitrail.data.survey.AT_ONCE", 3)
     found = inspect(bad)
     names = {problem.kind: problem.names for problem in found.problems}
     assert list(names) == ["unreadable", "empty", "untrained", "untested", "leaked", "ambiguous"]

@@ -24,17 +24,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import vitrail
-from vitrail import cache, session, track, training
-from vitrail.checkpoint import Run
 from vitrail.cli import main
+from vitrail.data import cache
 from vitrail.errors import BadInput, Stopped
-from vitrail.explain import attended
-from vitrail.panes import enlarge, shine
+from vitrail.explanation.explain import attended
+from vitrail.pages.panes import enlarge, shine
 from vitrail.recipes import resolve
-from vitrail.session import Result
 from vitrail.settings import Tracking
-from vitrail.track import GAP, LOOKED_AT, NOTE, SIDE, Trackers
-from vitrail.trackers import Status, connect
+from vitrail.training import session, track
+from vitrail.training import train as training
+from vitrail.training.session import Result
+from vitrail.training.track import GAP, LOOKED_AT, NOTE, SIDE, Trackers
+from vitrail.training.trackers import Status, connect
+from vitrail.weights.checkpoint import Run
 
 TINY: dict[str, Any] = {
     "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1, "epochs": 3, "batch_size": 256, "dropout": 0.1,

@@ -24,15 +24,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import vitrail
-from vitrail.checkpoint import Run, read_about, read_tensors, write_tensors
 from vitrail.errors import BadInput, Diverged
-from vitrail.evaluate import evaluate_run, predict_files
-from vitrail.floor import faster_precision
-from vitrail.model import VisionTransformer
+from vitrail.evaluation.evaluate import evaluate_run, predict_files
 from vitrail.recipes import RECIPES, resolve
-from vitrail.resume import alone
-from vitrail.session import Result
-from vitrail.training import build_model
+from vitrail.training.resume import alone
+from vitrail.training.session import Result
+from vitrail.training.train import build_model
+from vitrail.vit.floor import faster_precision
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import Run, read_about, read_tensors, write_tensors
 
 # A small model, with all that draws random numbers: order, augmentation, and dropout of each kind
 TINY: dict[str, Any] = {
@@ -299,7 +299,7 @@ def test_batches_that_memory_has_divided_stay_so_when_the_run_goes_on(
 def test_a_kill_between_an_epochs_line_and_its_checkpoint_leaves_one_line(whole: Path, tmp_path: Path) -> None:
     script = """
 import os, signal, sys, vitrail
-from vitrail.checkpoint import Run
+from vitrail.weights.checkpoint import Run
 add = Run.add_metrics
 def killed(self, metrics):
     add(self, metrics)

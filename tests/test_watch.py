@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from run_folders import begin, digits, finish
 
-from vitrail import books, report, watch
-from vitrail.cache import Dataset
 from vitrail.cli import main
+from vitrail.data.cache import Dataset
 from vitrail.errors import BadInput
+from vitrail.pages import report, watch
 from vitrail.progress import TrainingDisplay
-from vitrail.training import train
+from vitrail.training import books
+from vitrail.training.train import train
 
 
 @contextmanager

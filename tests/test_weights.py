@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 import vitrail
-from vitrail.checkpoint import Run
-from vitrail.config import ViTConfig
 from vitrail.errors import BadInput
-from vitrail.model import VisionTransformer
-from vitrail.official import RENAMED
+from vitrail.vit.config import ViTConfig
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.official import RENAMED
 
 GOLDEN = Path(__file__).parent / "golden"
 FUZZED = 2000  # files of each kind

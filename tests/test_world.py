@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vitrail
-from vitrail import cache
-from vitrail.batches import TrainingBatches
-from vitrail.cache import Images
-from vitrail.checkpoint import read_about
+from vitrail.data import cache
+from vitrail.data.cache import Images
 from vitrail.errors import BadInput
-from vitrail.parallel import check_shares
-from vitrail.pixels import Pixels
+from vitrail.input.batches import TrainingBatches
+from vitrail.input.pixels import Pixels
 from vitrail.recipes import resolve
-from vitrail.resume import begun_by_job
 from vitrail.settings import Recipe
+from vitrail.training.parallel import check_shares
+from vitrail.training.resume import begun_by_job
+from vitrail.weights.checkpoint import read_about
 from vitrail.world import World
 
 WEIGHTS = Path("model/model.safetensors")
@@ -41,9 +41,9 @@ PATIENCE = 200  # seconds for what hangs
 # What each process does: predictions of all digits, of which the first writes what both have put together.
 EVALUATE = """
 import sys, numpy as np, torch
-from vitrail import cache
-from vitrail.evaluate import predict_split
-from vitrail.pixels import Pixels
+from vitrail.data import cache
+from vitrail.evaluation.evaluate import predict_split
+from vitrail.input.pixels import Pixels
 from vitrail.world import join
 dataset = cache.load("digits", 8)
 images = {split: Pixels(images, 8, torch.device("cpu")) for split, images in dataset.splits.items()}
@@ -107,7 +107,12 @@ def test_two_processes_end_with_the_bits_of_one(alone: Path, together: tuple[Pat
     launches = json.loads((run / "environment.json").read_text("utf-8"))["launches"]
     assert [launch["processes"] for launch in launches] == [2]
     # One of them speaks, and what it says is said once.
-    for line in ("1,438 training and 359 test images", "epoch   1/2", "epoch   2/2", "2 epochs in"):
+    for line in (
+        "359 test images of 10 classes, 2 processes (ddp), cpu, fp32",
+        "epoch   1/2",
+        "epoch   2/2",
+        "2 epochs in",
+    ):
         assert text.count(line) == 1, text
 
 
@@ -277,6 +282,7 @@ def test_a_signal_stops_all_of_them_after_saving(tmp_path: Path) -> None:
     found = re.search(r"stopped at step (\d+) of", text)
     assert found, text
     assert text.count("stopped at step") == 1
+    assert f"torchrun --standalone --nproc-per-node=2 -m vitrail train --resume --output {run}" in text
     assert read_about(run / "last" / "state.safetensors")["step"] == int(found[1]) > 20
 
 

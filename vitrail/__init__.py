@@ -14,22 +14,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitrail.explain import attention
-    from vitrail.model import VisionTransformer
-    from vitrail.training import pretrain, train
-    from vitrail.variants import create
-    from vitrail.weights import load
+    from vitrail.explanation.explain import attention
+    from vitrail.training.train import pretrain, train
+    from vitrail.vit.model import VisionTransformer
+    from vitrail.vit.variants import create
+    from vitrail.weights.load import load
 
 __all__ = ["VisionTransformer", "__version__", "attention", "create", "load", "pretrain", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "VisionTransformer": "vitrail.model",
-    "attention": "vitrail.explain",
-    "create": "vitrail.variants",
-    "load": "vitrail.weights",
-    "pretrain": "vitrail.training",
-    "train": "vitrail.training",
+    "VisionTransformer": "vitrail.vit.model",
+    "attention": "vitrail.explanation.explain",
+    "create": "vitrail.vit.variants",
+    "load": "vitrail.weights.load",
+    "pretrain": "vitrail.training.train",
+    "train": "vitrail.training.train",
 }
 
 

@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from vitrail import __version__
-from vitrail.arguments import Parser
-from vitrail.commands import COMMANDS
+from vitrail.commands.arguments import Parser
+from vitrail.commands.commands import COMMANDS
 from vitrail.errors import BadInput, Diverged, Partial, Stopped, nearest, speaks
 
 

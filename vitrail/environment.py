@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vitrail import __version__
+from vitrail.errors import of_many
 from vitrail.world import ALONE, World, job
 
 PACKAGES = ("torch", "numpy", "pillow")
@@ -54,6 +55,16 @@ def program() -> str:
     if Path(started).name == "vitrail" and shutil.which("vitrail") is None:
         return shlex.quote(started)
     return "vitrail"
+
+
+def launcher() -> str:
+    """What to type before `train` for a run to go on as it is trained here: `program`, or, for several processes,
+    torchrun and as many of them."""
+    if not of_many():
+        return program()
+    here, machines = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
+    where = "--standalone" if machines == "1" else f"--nnodes={machines} …"
+    return f"torchrun {where} --nproc-per-node={here} -m vitrail"
 
 
 def commit() -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrail
-from vitrail import training
+from vitrail.training import train as training
 
 
 class JointLayerNorm(nn.Module):

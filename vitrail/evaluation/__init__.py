@@ -1,0 +1,1 @@
+"""Logits to figures: accuracy, calibration, confusions, and what frozen features are worth."""

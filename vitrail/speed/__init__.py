@@ -1,0 +1,1 @@
+"""Vitrail's speed beside other libraries', and beside what the hardware could do."""

@@ -1,0 +1,258 @@
+"""What the formats of other libraries have in common: a folder with a `config.json` and a `model.safetensors`.
+
+A folder may come from anywhere. JSON and tensors are all that is taken from it, pickles are never opened; the model's
+shape is read from the weights, which cannot promise more than they have, and compared with what the config says.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitrail.data.images import MARGIN
+from vitrail.errors import BadInput
+from vitrail.vit.config import ADDITIONS, HALF, Colours, ViTConfig, shorten
+from vitrail.vit.model import VisionTransformer
+from vitrail.weights.checkpoint import check_shapes
+
+# The names that another library has for one of Vitrail's weights: several, if it keeps the rows of it apart.
+Names = Callable[[str], tuple[str, ...]]
+
+MOST_JSON = 1 << 25  # bytes: the names of ImageNet-21k's classes take a thirtieth of it
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HEAD = ("head.weight", "head.bias")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model from elsewhere, in Vitrail's terms.
+
+    `tensors` are its weights under Vitrail's names, in float32. Where it comes without a head, so do they; `classes` is
+    then empty, and the config's `num_classes` says nothing. Images are to have `mean` subtracted from them, of pixels
+    from 0 to 1, and to be divided by `std`. `shorter_side` is what that of an image is resized to before the square in
+    its middle is cut out; None for what Vitrail does to large images.
+    """
+
+    config: ViTConfig
+    tensors: dict[str, Tensor]
+    classes: tuple[str, ...]
+    mean: Colours = HALF
+    std: Colours = HALF
+    shorter_side: int | None = None
+
+    @property
+    def resized_to(self) -> int:
+        """What an image's shorter side is resized to, in pixels."""
+        return self.shorter_side or round(self.config.image_size * MARGIN)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file says by name.
+
+    Raises:
+        BadInput: it is missing, damaged or too large, or holds something else.
+    """
+    try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise BadInput(f"{path} has {size:,} bytes: it is not read.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds {shorten(content)}, and no settings by name.")
+    return content
+
+
+def section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """What a JSON file says by name under a key; nothing where it has no such key.
+
+    Raises:
+        BadInput: something else stands there.
+    """
+    found = content.get(key) or {}
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} has {key} = {shorten(found)}, and no settings by name.")
+    return found
+
+
+def read_weights(folder: Path, mend: str) -> dict[str, Tensor]:
+    """The weights of a folder, in float32.
+
+    Args:
+        folder: has `model.safetensors`.
+        mend: what to do where they are in a pickle.
+
+    Raises:
+        BadInput: the file is missing or damaged, or holds something other than floats.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise BadInput(_instead(folder, mend))
+    found = {}
+    try:
+        with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
+                tensor = file.get_tensor(name)
+                if tensor.dtype not in FLOATS:
+                    raise BadInput(f"{path} has {name} of {tensor.dtype}, and not of floats of 16 bits or more.")
+                found[name] = tensor.to(torch.float32, copy=True)  # what it gives stays tied to the file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}.") from None
+    return found
+
+
+def _instead(folder: Path, mend: str) -> str:
+    """Why a folder has no weights that could be read."""
+    names = sorted(file.name for file in folder.iterdir())
+    if "model.safetensors.index.json" in names:
+        return f"the weights of {folder} are divided into several files, and Vitrail reads one: {mend}."
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        return (
+            f"the weights of {folder} are a pickle, {pickles[0]}, which may run any program when it is opened; Vitrail "
+            f"never does, and reads safetensors. If you trust it: {mend}."
+        )
+    return f"{folder / 'model.safetensors'} is missing."
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What weights tell of their model. `num_classes` is None where they have no head."""
+
+    image_size: int
+    patch_size: int
+    channels: int
+    hidden_size: int
+    mlp_dim: int
+    num_layers: int
+    num_classes: int | None
+
+    def config(self, path: Path, **others: Any) -> ViTConfig:
+        """The config of that shape and what else the file `path` says.
+
+        Raises:
+            BadInput: there is no such model; the message names the file.
+        """
+        sizes = asdict(self) | {"num_classes": self.num_classes or 1}
+        del sizes["channels"]
+        try:
+            return ViTConfig(**sizes, **others)
+        except (BadInput, TypeError) as error:
+            raise BadInput(f"{path}: {str(error).rstrip('.')}.") from None
+
+
+def measure(weights: Mapping[str, Tensor], names: Names, path: Path) -> Shape:
+    """The shape of the model that another library's weights are of.
+
+    Raises:
+        BadInput: they are no Vision Transformer's, or one's for images that are no squares.
+    """
+
+    def dimensions(ours: str, count: int) -> tuple[int, ...]:
+        name = names(ours)[0]
+        if name not in weights:
+            raise BadInput(f"the weights of {path} are no Vision Transformer's: {name} is missing.")
+        if weights[name].ndim != count:
+            shape = tuple(weights[name].shape)
+            raise BadInput(f"the weights of {path} are no Vision Transformer's: {name} has shape {shape}.")
+        return tuple(weights[name].shape)
+
+    hidden_size, channels, _, patch_size = dimensions("patch_embedding.projection.weight", 4)
+    patches = dimensions("position_embedding", 3)[1] - (names("class_token")[0] in weights)
+    grid = math.isqrt(max(patches, 0))
+    if grid**2 != patches:
+        what = f"{patches} patches, which make no square, as Vitrail's images are"
+        raise BadInput(f"the weights of {path} have position embeddings for {what}.")
+    return Shape(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        channels=channels,
+        hidden_size=hidden_size,
+        mlp_dim=dimensions("blocks.0.mlp.hidden.weight", 2)[0],
+        num_layers=next(n for n in itertools.count() if names(f"blocks.{n}.mlp.hidden.weight")[0] not in weights),
+        num_classes=dimensions("head.weight", 2)[0] if names("head.weight")[0] in weights else None,
+    )
+
+
+def refuse(names: Collection[str], parts: dict[str, str], path: Path) -> None:
+    """Refuse weights of parts that Vitrail's model does not have.
+
+    Args:
+        names: of the weights.
+        parts: what such parts are, by a pattern that is found in the names of their weights.
+        path: the weights' file.
+
+    Raises:
+        BadInput: there are some; the message names the part and its weights.
+    """
+    for pattern, part in parts.items():
+        if found := sorted(name for name in names if re.search(pattern, name)):
+            more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+            raise BadInput(
+                f"{path} is of a model with {part}, which Vitrail does not read: {', '.join(found[:2])}{more}."
+            )
+
+
+def refuse_additions(config: ViTConfig, library: str) -> None:
+    """Refuse to write a model that has what later papers add.
+
+    Raises:
+        BadInput: it has; the message names the option.
+    """
+    for name in ADDITIONS:
+        if (value := getattr(config, name)) != getattr(ViTConfig, name):
+            raise BadInput(f"this model has {name} = {shorten(value)}, which Vitrail does not write for {library}.")
+
+
+def compare(said: dict[str, tuple[Any, Any]], config: Path, weights: Path) -> None:
+    """Compare what a config says, None for nothing, with what the weights have, by the config's name for it.
+
+    Raises:
+        BadInput: they differ.
+    """
+    for key, (stated, found) in said.items():
+        if stated is not None and stated != found:
+            raise BadInput(f"{config} says {key} = {shorten(stated)}, and the weights in {weights} have {found}.")
+
+
+def side(sizes: Any) -> Any:
+    """One of a height and a width that are the same; anything else as it is."""
+    return sizes[0] if isinstance(sizes, list) and len(sizes) == 2 and sizes[0] == sizes[1] else sizes
+
+
+def to_theirs(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Vitrail's weights under another library's names."""
+    found: dict[str, Tensor] = {}
+    for ours, tensor in state.items():
+        theirs = names(ours)
+        found |= zip(theirs, tensor.chunk(len(theirs)), strict=True)
+    return found
+
+
+def to_ours(found: dict[str, Tensor], names: Names, config: ViTConfig, path: Path) -> dict[str, Tensor]:
+    """Another library's weights under Vitrail's names. A head may be missing.
+
+    Raises:
+        BadInput: others are missing, or unexpected, or of another shape than the config's; the message lists them.
+    """
+    with torch.device("meta"):
+        expected = VisionTransformer(config).state_dict()
+    if not any(theirs in found for ours in HEAD for theirs in names(ours)):
+        expected = {ours: tensor for ours, tensor in expected.items() if ours not in HEAD}
+    check_shapes(to_theirs(expected, names), found, path)
+    return {ours: _joined([found[theirs] for theirs in names(ours)]) for ours in expected}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
