@@ -78,7 +78,7 @@ if [[ ${1:-} == --toy ]]; then
   for name in tiny-imagenet tiny-imagenet; do piece "$name"; done
   shape+=(--first-size 8)
   piece speedrun
-  shape=(--image-size 16)
+  shape=(--image-size 16) small=(--epochs 1) # minutes otherwise
   piece resnet-18
   for name in tiny-imagenet speedrun resnet-18; do
     [[ -f $OUT/$name-0/results.json ]] || { echo "$name was not trained" >&2; exit 1; }
