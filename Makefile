@@ -9,7 +9,7 @@ BIN := .venv/bin
 # of the environment that the target lies in
 PIP = $(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help install train test trackers bench notebooks check format clean
+.PHONY: help install train test trackers peers bench notebooks check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -29,6 +29,10 @@ test: .venv/installed-dev ## make the environment and run the tests
 
 trackers: .venv-trackers/installed ## test --track with Weights & Biases and a real MLflow server, in an environment of its own
 	@.venv-trackers/bin/pytest tests/test_track.py $(ARGS)
+
+peers: .venv-bench/installed ## test import and export against timm and transformers themselves, in the environment of bench
+	@.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) pytest beartype
+	@.venv-bench/bin/python -m pytest tests/test_peers.py tests/test_exchange.py $(ARGS)
 
 bench: .venv-bench/installed ## measure speed beside timm, vit-pytorch, transformers and torchvision → docs/speed.md
 	@.venv-bench/bin/vitrail bench --output docs/speed.md $(ARGS)

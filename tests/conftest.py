@@ -19,9 +19,12 @@ os.environ.pop("FORCE_COLOR", None)
 # Shapes are checked wherever they are written. Not in all modules: elsewhere beartype would refuse an int for a float.
 PACKAGE = Path(__file__).parent.parent / "vitrail"
 install_import_hook(
-    [f"vitrail.{file.stem}" for file in PACKAGE.glob("*.py") if "from jaxtyping import" in file.read_text("utf-8")],
+    [
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for file in PACKAGE.rglob("*.py") if "from jaxtyping import" in file.read_text("utf-8")
+    ],
     "beartype.beartype",
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -169,6 +169,14 @@ def test_where_there_is_no_room_nothing_is_left(
     assert not list(root.iterdir())
 
 
+def test_what_an_undivided_folder_is_judged_by_is_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = len(load(str(photos), 16).splits["test"])
+    assert f"photos comes undivided: {judged} images, a fifth of each class," in capsys.readouterr().err
+    load(str(photos), 16, holdout=0.25)
+    load("digits", 8)
+    assert "undivided" not in capsys.readouterr().err
+
+
 def test_the_slice_held_out_is_of_train_and_always_the_same(photos: Path) -> None:
     train = load(str(photos), 16).splits["train"]
     tuning = load(str(photos), 16, holdout=0.25)

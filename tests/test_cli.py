@@ -551,6 +551,17 @@ assert all(callable(getattr(vitrail, name)) for name in vitrail.__all__ if name 
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_models_are_there_without_the_compiler(tmp_path: Path) -> None:
+    """To load torch's takes a second, which drawing weights on the meta device would cost every command."""
+    script = f"""
+import sys
+from vitrail.cli import main
+assert main(["draw", "models/laptop", "--output", {str(tmp_path / "laptop.svg")!r}]) == main(["variants"]) == 0
+assert "torch" in sys.modules and "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+
+
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vitrail.trian  # noqa: B018

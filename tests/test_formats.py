@@ -1,7 +1,6 @@
 """Folders of transformers and timm: what is written is read back to the same bits, and what cannot be read is refused
 by name. Whether those libraries agree is tested in test_peers.py."""
 
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folders import CLASSES, LIBRARIES, MEAN, SMALL, STD, TINY, change, change_weights, imported, sayable, written
-from test_weights import damaged, peak
+from fuzzing import assert_refused_or_read
 
 import vitrail
 from vitrail.errors import BadInput
@@ -20,7 +19,6 @@ from vitrail.weights.load import read
 from vitrail.weights.timm_format import crop_share, mlp_ratio
 
 FUZZED = 400  # files of each kind
-ROOM = 400e6  # bytes that reading them may add to the process; they have 10 KB each
 
 
 # There and back
@@ -242,7 +240,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         vitrail.load(tmp_path / "gone.npz")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize(
     ("library", "name"),
     [
@@ -252,14 +249,4 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_damaged_files_are_refused_or_read_and_nothing_else(library: Library, name: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "folder", library, imported(TINY))
-    whole, noise, before = (folder / name).read_bytes(), random.Random(0), peak()
-    refusals = []
-    for _ in range(FUZZED):
-        (folder / name).write_bytes(damaged(whole, noise))
-        try:
-            vitrail.load(folder)
-        except BadInput as error:
-            refusals.append(str(error))
-    assert FUZZED / 4 < len(refusals) < FUZZED
-    assert all(str(folder) in refusal for refusal in refusals)
-    assert peak() - before < ROOM
+    assert_refused_or_read(folder, folder / name, FUZZED)

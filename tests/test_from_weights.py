@@ -20,8 +20,11 @@ from vitrail.input.batches import TrainingBatches
 from vitrail.input.pixels import pixels_of
 from vitrail.pages.runs import load as load_runs
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
+from vitrail.settings import Recipe
 from vitrail.training.session import Result
+from vitrail.training.train import model_config
 from vitrail.training.transfer import begin
+from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.positions import resize_position_embedding
 from vitrail.weights.checkpoint import Run
@@ -81,6 +84,25 @@ def test_the_recipe_is_the_official_one() -> None:
 
 
 # What a run begins with
+
+
+def test_a_recipe_says_which_gelu_random_weights_are_trained_with() -> None:
+    for gelu in ("tanh", "exact"):
+        config = model_config(Recipe(gelu=gelu), 10)
+        assert isinstance(config, ViTConfig)
+        assert config.gelu == gelu
+    with pytest.raises(BadInput, match=r"gelu is exact, and with the weights of .* it is tanh; leave --gelu out"):
+        begin(resolve(FINE_TUNE, data="digits", gelu="exact"), GOLDEN / "token.npz")
+
+
+def test_images_grow_as_the_papers_do_and_no_further(foreign: Path) -> None:
+    """384 pixels after 224: 28 after 16, in patches of 4. Other recipes keep the size that they name."""
+    start = begin(resolve(FINE_TUNE, data="digits"), foreign)
+    assert (start.resolved.recipe.image_size, start.resolved.set_by["image_size"]) == (28, "weights")
+    assert str(start) == f"begins with the weights of {foreign}, resized from 16 pixels to 28, and a new head"
+    for name, settings, size in ((FINE_TUNE, {"image_size": 384}, 384), ("digits", {"patch_size": 4}, 16)):
+        start = begin(resolve(name, data="digits", **settings), foreign)
+        assert start.resolved.recipe.image_size == size
 
 
 def begun(weights: Path, num_classes: int = 10, **settings: Any) -> tuple[VisionTransformer, Any]:

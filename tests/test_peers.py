@@ -28,7 +28,7 @@ from vitrail.weights.load import build, read
 def peer(name: str) -> ModuleType:
     """timm or transformers."""
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: make bench installs it")
+        pytest.skip(f"{name} is not installed: make peers tests with it")
     declare_operators()
     return importlib.import_module(name)
 

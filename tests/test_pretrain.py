@@ -37,8 +37,9 @@ from vitrail.training.resume import latest
 from vitrail.training.step import gradient
 from vitrail.training.train import build_model, to_train
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.checkpoint import Run, read_tensors
+from vitrail.weights.checkpoint import Run
 from vitrail.weights.exchange import export_model
+from vitrail.weights.files import read_tensors
 
 Objective = Literal["patches", "pixels"]
 OBJECTIVES: tuple[Objective, ...] = ("patches", "pixels")

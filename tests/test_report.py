@@ -30,7 +30,8 @@ from vitrail.pages.views import samples
 from vitrail.recipes import resolve
 from vitrail.vit.config import HALF
 from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
-from vitrail.weights.checkpoint import Run, write_tensors
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import write_tensors
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -451,6 +452,15 @@ def test_its_colours_are_the_pages() -> None:
     assert set(snapshot.GLASS) <= set(re.findall("#[0-9a-f]{6}", glass[1]))
 
 
+def test_curves_of_growing_images_say_why_they_leap(tmp_path: Path) -> None:
+    record = read(finish(tmp_path / "run", digits(2)))
+    assert "which it had not met" not in report.render(record, None)
+    grew = {"first_size": {"value": 4, "set_by": "recipe"}, "first_share": {"value": 0.6, "set_by": "recipe"}}
+    page = report.render(replace(record, settings=record.settings | grew), None)
+    size = record.settings["image_size"]["value"]
+    assert f"For the first 60% of its steps it saw images of 4 pixels, and was judged by images of {size}," in page
+
+
 def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
     dataset = digits(2)
     assert not (report.write_report(begin(tmp_path / "running"), dataset).parent / "results.png").exists()
@@ -464,6 +474,8 @@ def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
     })  # fmt: skip
     assert snapshot.asked_for(record) == "vitrail train digits --data '../my photos.zip' --batch-size 50 --no-flip"
     assert snapshot.made_by(record).startswith(snapshot.asked_for(record))
+    at_home = replace(record, settings={"data": {"value": "/home/me/photos", "set_by": "command line"}})
+    assert snapshot.asked_for(at_home) == "vitrail train digits --data photos"
     long = replace(record, settings={"data": {"value": "long/" * 40, "set_by": "command line"}})
     assert snapshot.made_by(long).startswith("Vitrail ")  # half a command is none
 

@@ -32,7 +32,8 @@ from vitrail.training.session import Result
 from vitrail.training.train import build_model
 from vitrail.vit.floor import faster_precision
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.checkpoint import Run, read_about, read_tensors, write_tensors
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import read_about, read_tensors, write_tensors
 
 # A small model, with all that draws random numbers: order, augmentation, and dropout of each kind
 TINY: dict[str, Any] = {
@@ -505,7 +506,7 @@ def test_what_is_read_while_it_is_replaced_is_one_or_the_other(tmp_path: Path) -
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "is no run folder"), (tmp_path / "none", "there is no run folder")):
+    for path, message in ((tmp_path, "is no run folder"), (tmp_path / "none", "there is no (run|file or) folder")):
         with pytest.raises(BadInput, match=message):
             vitrail.train(output=path, resume=True)
         with pytest.raises(BadInput, match=message):

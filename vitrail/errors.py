@@ -45,6 +45,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {known[close[0]]!r}?" if close else "."
 
 
+def first_of(names: Sequence[str], most: int) -> str:
+    """`a, b and 5 more`: the first `most` names, and how many others there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def of_many() -> bool:
     """Whether torchrun started this process, together with others."""
     return "TORCHELASTIC_RUN_ID" in os.environ

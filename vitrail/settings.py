@@ -34,8 +34,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # The Vision Transformer's sizes, which a ResNet does not read, and what that cannot have beside them.
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "classifier")
 TRANSFORMER_ONLY = (
-    "representation_size", "dropout", "positions", "stem", "registers", "qk_norm", "layer_scale", "initial_weights",
-    "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
+    "representation_size", "dropout", "gelu", "positions", "stem", "registers", "qk_norm", "layer_scale",
+    "initial_weights", "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
 )  # fmt: skip
 
 # Settings that do nothing unless another is set, and how that is to be.
@@ -56,6 +56,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Tracking = Literal["wandb", "mlflow"]  # no setting of a recipe: where figures go, not what they are
 # Of the model's shape; `ViTConfig` has them too.
 Classifier = Literal["token", "gap"]
+Gelu = Literal["tanh", "exact"]
 Positions = Literal["learnt", "sincos", "rotary"]
 Stem = Literal["patch", "convolutions"]
 
@@ -112,6 +113,7 @@ class Recipe:
     classifier: Classifier = setting("token", "the head reads the class token, or the mean of all patches")
     representation_size: int | None = setting(None, "width of a tanh layer before the head (none: a linear head)")
     dropout: float = setting(0.0, "share of activations dropped")
+    gelu: Gelu = setting("tanh", "the official code's approximation, or exact: on a CPU, faster")
     # What later papers add: 2205.01580 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),
     # 2302.05442 (qk_norm), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220 (patch_dropout)
     positions: Positions = setting(

@@ -216,8 +216,8 @@ COMMANDS = {
     ),
     "export": Command(
         "weights as transformers or timm loads them, with class names and preprocessing",
-        ("vitrail export runs/digits --to transformers --output digits-vit",
-         "vitrail export runs/digits --to timm --output digits-timm"),
+        ("vitrail export runs/digits --to timm --output digits-timm",
+         "vitrail export runs/vit-12 --to transformers --output vit-12-transformers"),
         take_export, do_export,
     ),
     "bench": Command(

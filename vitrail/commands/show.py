@@ -63,7 +63,7 @@ def draw_augmented(data: str, name: str, output: Path | None, settings: dict[str
     from vitrail.data import cache
     from vitrail.pages.views import samples, sheet
     from vitrail.progress import counted
-    from vitrail.weights.checkpoint import write
+    from vitrail.weights.files import write
 
     mark = "vitrail data --augmented"
     if output is not None:
@@ -126,7 +126,7 @@ def do_draw(args: argparse.Namespace) -> str:
     """Draw a model as the paper's figure 1 does."""
     from vitrail.evaluation.evaluate import read_files
     from vitrail.pages.drawing import MARK, draw, named
-    from vitrail.weights.checkpoint import write_text
+    from vitrail.weights.files import write_text
 
     model, name, classes = named(args.model, args.image_size)
     output = args.output or Path(re.sub(r"[^\w.-]", "-", name) + ".svg")
@@ -177,7 +177,7 @@ def draw_variants(output: Path, image_size: int) -> str:
     check_svg(output)
     from vitrail.pages.lineup import MARK, line_up
     from vitrail.vit.variants import sizes
-    from vitrail.weights.checkpoint import write_text
+    from vitrail.weights.files import write_text
 
     check_output(output, MARK, "variants.svg")
     write_text(output, line_up(sizes(image_size), image_size))

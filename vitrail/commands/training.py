@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +94,8 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
         settings = (PRETRAINING if pretrained else {}) | settings
         # What is wrong with them is said at once, before torch is imported.
         resolved = resolve(name or default_recipe("from_weights" in given), **settings)
+    if given.get("stream"):  # torch reads it when it is imported: else threads that wait spin on cores that decode
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vitrail.environment import launcher, program
     from vitrail.progress import counted, duration, say
     from vitrail.training.train import pretrain, train

@@ -60,13 +60,16 @@ def do_export(args: argparse.Namespace) -> str:
     folder = repr(str(done.path))
     loaded = {
         "transformers": f"transformers.ViTForImageClassification.from_pretrained({folder})",
-        "timm": f"timm.create_model({'local-dir:' + str(done.path)!r}, pretrained=True)",
+        "timm": f"timm.create_model({'local-dir:' + str(done.path)!r}, pretrained=True).eval()",
     }
     return "\n".join(
         [
             f"{done.path}: {', '.join(files)}",
             f"parity: read back, its outputs on {done.images} random images differ from those of {args.run} by at most "
             f"{done.difference:.2g}",
+            f"        {args.to} is not to be had here, and was not asked"
+            if done.theirs is None
+            else f"        those of {args.to} itself, by at most {done.theirs:.2g}",
             "",
             f"in Python  {loaded[args.to]}",
         ]

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from vitrail.data.layouts import hold_out
 from vitrail.data.stored import FORMAT, build, offsets, open_or_none, open_stored
 from vitrail.data.stream import Decoders, Streamed
 from vitrail.errors import BadInput
+from vitrail.progress import counted, say
 
 AHEAD = 1024  # images whose pages are fetched before they are asked for, where they are more than memory holds
 
@@ -99,6 +101,13 @@ class Dataset:
         """The split that figures are reported on: the held-out slice while tuning, else val, else test."""
         return next(split for split in ("holdout", "val", "test") if split in self.splits)
 
+    @cached_property
+    def shorter_side(self) -> int | None:
+        """That of each image that the model is judged by, in pixels; None if they differ, or are streamed."""
+        judged = self.splits[self.evaluation]
+        sides = set(judged.sizes.min(axis=1).tolist()) if isinstance(judged, Images) else set()
+        return sides.pop() if len(sides) == 1 else None
+
     def close(self) -> None:
         """End the processes that decode images which are streamed."""
         for images in self.splits.values():
@@ -140,7 +149,11 @@ def load(data: str, image_size: int, *, holdout: float = 0.0, stream: bool = Fal
         BadInput: there is no such data set, or nothing can be trained on it; unreadable images are named.
         OSError: the cache cannot be written, for want of space for one. Nothing is left half-written.
     """
-    return _with_holdout(_open(data, image_size, to_train=True, stream=stream).dataset, holdout)
+    opened = _open(data, image_size, to_train=True, stream=stream)
+    if opened.divided and data not in BUILT_IN and not holdout:
+        images = counted(len(opened.dataset.splits["test"]), "image")
+        say(f"{opened.dataset.name} comes undivided: {images}, a fifth of each class, are judged by and not trained on")
+    return _with_holdout(opened.dataset, holdout)
 
 
 def load_for_evaluation(

@@ -26,7 +26,8 @@ from vitrail.progress import counted, say, track
 from vitrail.recipes import Resolved
 from vitrail.settings import Precision, Recipe
 from vitrail.vit.config import HALF, Colours
-from vitrail.weights.checkpoint import Run, read_about
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import read_about
 from vitrail.world import ALONE, World
 
 

@@ -33,7 +33,8 @@ from vitrail.progress import counted, track
 from vitrail.vit.config import Colours
 from vitrail.vit.floor import faster_precision
 from vitrail.vit.models import Model
-from vitrail.weights.checkpoint import Run, read_tensors, write_tensors
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import read_tensors, write_tensors
 from vitrail.weights.formats import HEAD
 from vitrail.weights.load import build, digest, is_run, read
 
@@ -91,7 +92,7 @@ def probe(source: Path, data: str | None = None, shots: Sequence[int] | None = N
     class: the mean over `DRAWS` draws, and the standard deviation.
 
     Args:
-        source: a run folder, or anything else that `weights.read` reads.
+        source: a run folder, or anything else that `weights.load.read` reads.
         data: a data set; that of the run if None.
         shots: images a class; those of `SHOTS` that there are of each class, if None.
 
@@ -136,7 +137,7 @@ def headless(source: Path) -> tuple[Model, Colours, Colours]:
     """The model without its head, so that it gives what the head would read, and what its images are normalised by.
 
     Raises:
-        BadInput: as `weights.load`.
+        BadInput: as `vitrail.load`.
     """
     model: Model
     if is_run(source):

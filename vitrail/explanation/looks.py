@@ -22,9 +22,9 @@ from vitrail.progress import counted, track
 from vitrail.vit.config import Colours
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.resnet import ResNetConfig
-from vitrail.weights import load as weights
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.formats import HEAD
+from vitrail.weights.load import build, is_run, read
 
 SHOWN = 8  # images of a data set
 MOST = 64  # images at once
@@ -78,7 +78,7 @@ def open_model(source: Path, image_size: int | None = None) -> Explained:
         BadInput: it cannot be read, or is no Vision Transformer, or the size will not do.
     """
     told, done = True, ""
-    if weights.is_run(source):
+    if is_run(source):
         run = Run.open(source)
         if isinstance(run.config()[0], ResNetConfig):
             raise BadInput(f"{source} is a run of a ResNet, which has no attention to look at.")
@@ -86,9 +86,9 @@ def open_model(source: Path, image_size: int | None = None) -> Explained:
         told = not (resolved and resolved.recipe.self_supervised)
         if epochs := say_if_unfinished(run, resolved):
             done = f"{epochs[0]} of {counted(epochs[1], 'epoch')}"
-    found = weights.read(source)
+    found = read(source)
     classes = None if HEAD[0] in found.tensors else 1
-    model = weights.build(found, source, image_size=image_size, num_classes=classes)
+    model = build(found, source, image_size=image_size, num_classes=classes)
     return Explained(
         called(source), model, found.classes, found.mean, found.std, told and bool(model.head.weight.any()),
         found.config.image_size, done,
@@ -128,7 +128,7 @@ def some_images(source: Path, explained: Explained, files: Sequence[Path], data:
         if data is not None:
             raise BadInput("--data is where images are taken from if none are named; leave out one of the two.")
         return "", read_files(files, size)
-    if weights.is_run(source):
+    if is_run(source):
         name, split, images = judged_images(Run.open(source), data, size, explained.classes, others=True)
     elif data is None:
         raise BadInput(f"{source} has no images of its own. Name some to look at, or say with --data D where some are.")

@@ -15,7 +15,7 @@ from vitrail.pages.report import fill
 from vitrail.pages.runs import ELSEWHERE, Judged, Row
 from vitrail.progress import duration, say
 from vitrail.settings import Recipe
-from vitrail.weights.checkpoint import write_text
+from vitrail.weights.files import write_text
 
 MARK = '<meta name="generator" content="vitrail compare">'  # by which a page of ours is known
 COLUMNS = (

@@ -34,8 +34,8 @@ from vitrail.pages import panes
 from vitrail.pages.pictures import Thumbnail, Tick, nice_ticks, percent
 from vitrail.pages.report import fill
 from vitrail.progress import say
-from vitrail.weights import load as weights
-from vitrail.weights.checkpoint import write, write_text
+from vitrail.weights.files import write, write_text
+from vitrail.weights.load import is_run
 
 MARK = "vitrail explain"  # by which pages and pictures of ours are known,
 OURS = re.compile(r".+\.(png|html)(\.\d+)?")  # and by their names; the numbered are what a killed call left
@@ -64,7 +64,7 @@ def explain_run(
         BadInput: the model, the images or the class are not there, or the folder has something else in it.
     """
     if output is None:
-        wanted = source / "explain" if weights.is_run(source) else Path(f"{called(source)}-explain")
+        wanted = source / "explain" if is_run(source) else Path(f"{called(source)}-explain")
         names = itertools.chain([wanted.name], (f"{wanted.name}-{number}" for number in itertools.count(2)))
         output = next(path for path in map(wanted.with_name, names) if not path.exists())
     check_folder(output)

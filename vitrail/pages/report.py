@@ -27,7 +27,7 @@ from vitrail.pages.snapshot import write_snapshot
 from vitrail.pages.views import SEEN, VIEWS, reconstructed, samples, tiles
 from vitrail.progress import duration
 from vitrail.settings import Recipe
-from vitrail.weights.checkpoint import read_about, write_text
+from vitrail.weights.files import read_about, write_text
 
 PICTURE = "<img "
 SEEN_LIMIT = 300_000  # characters that training images, and what augmentation makes of them, take at most

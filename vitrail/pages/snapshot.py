@@ -21,7 +21,7 @@ from vitrail.evaluation.scores import wilson
 from vitrail.pages.pictures import LOSSES, PIXELATED, Chart, figures, fitted, number, percent
 from vitrail.pages.record import LAUNCH, Record
 from vitrail.progress import duration
-from vitrail.weights.checkpoint import write
+from vitrail.weights.files import write
 
 WIDTH, HEIGHT, FINE = 1600, 900, 2
 MARGIN, COLUMN = 60, 640  # where the left column begins, and the right one
@@ -110,11 +110,14 @@ def made_by(record: Record) -> str:
 
 
 def asked_for(record: Record) -> str:
-    """A command that asks for the same run: the recipe, and what the command line set, as it set it."""
+    """A command that asks for the same run: the recipe, and what the command line set, as it set it; of an absolute
+    path no more than its name, for a picture gets around."""
     flags = []
     for name, setting in record.settings.items():
         flag, value = name.replace("_", "-"), setting["value"]
         if setting["set_by"] == "command line" and name != "device":
+            if Path(str(value)).expanduser().is_absolute():
+                value = Path(value).name
             named = "" if isinstance(value, bool) else f" {shlex.quote('none' if value is None else str(value))}"
             flags.append(f"--{'no-' if value is False else ''}{flag}{named}")
     return " ".join(["vitrail", "train" if record.objective == "classes" else "pretrain", record.name, *flags])

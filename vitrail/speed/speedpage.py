@@ -16,7 +16,7 @@ from vitrail.progress import counted
 from vitrail.speed.bench import FLOORS, TASKS, Session
 from vitrail.speed.rounds import MODELS, OURS, Row
 from vitrail.vit.floor import forward_flops, training_flops
-from vitrail.weights.checkpoint import write_text
+from vitrail.weights.files import write_text
 
 COLUMNS = ("", "contender", ">median", ">lowest to highest", ">× best peer", ">of the floor", ">of the matrix rate")
 # FLOP/s of dense products: NVIDIA's data sheets of the H100 SXM and the H200 SXM.

@@ -16,7 +16,8 @@ from vitrail.progress import TrainingDisplay
 from vitrail.recipes import Resolved
 from vitrail.training.track import Trackers, training_images
 from vitrail.training.trackers import Tracker
-from vitrail.weights.checkpoint import Run, write_tensors, write_text
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import write_tensors, write_text
 
 
 class Books:

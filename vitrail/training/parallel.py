@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitrail.errors import BadInput
+from vitrail.progress import say
 from vitrail.settings import Recipe
 from vitrail.vit import models
 from vitrail.vit.model import TransformerEncoderBlock
@@ -19,7 +20,7 @@ from vitrail.world import World
 
 
 def check_shares(recipe: Recipe, world: World) -> None:
-    """See whether the processes can share a batch, and the model, evenly.
+    """See whether the processes can share a batch, and the model, evenly; say so where there is nobody to share with.
 
     Raises:
         BadInput: they cannot.
@@ -34,6 +35,8 @@ def check_shares(recipe: Recipe, world: World) -> None:
         )
     if recipe.parallel == "fsdp" and recipe.optimizer == "muon":
         raise BadInput("muon needs whole matrices, of which fsdp leaves each process a part; take --optimizer adamw.")
+    if recipe.parallel == "fsdp" and world.size == 1:
+        say("this process is alone and has all of the model: --parallel fsdp is for several, started by torchrun")
 
 
 def shard(model: nn.Module, recipe: Recipe, world: World) -> None:

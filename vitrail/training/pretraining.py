@@ -254,11 +254,12 @@ def judge_reconstruction(model: Pretraining, pixels: Pixels, recipe: Recipe, wor
     the whole. The model is left in evaluation mode."""
     model.eval()
     patches, device = model.encoder.config.grid**2, pixels.device
-    masks = draw_masks(recipe, len(pixels), patches, generator(recipe.seed, "judged masks", 0))
-    share, done, losses = torch.from_numpy(world.share(len(pixels))), 0, []
+    share = torch.from_numpy(world.share(len(pixels)))
+    masks = draw_masks(recipe, len(pixels), patches, generator(recipe.seed, "judged masks", 0)).part(share)
+    done, losses = 0, []
     with track(len(share), "evaluating", "images") as advance:
         for images, labels in evaluation_batches(pixels, BATCH, world=world):
-            rows = share[torch.arange(done, done + len(images)).clamp(max=len(share) - 1)]  # as the images of a batch
+            rows = torch.arange(done, done + len(images)).clamp(max=len(share) - 1)  # the last batch is filled up
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 losses.append(model(images, masks.part(rows).to(device))[: len(labels)].float().cpu())
             done += len(labels)

@@ -15,7 +15,8 @@ from vitrail.errors import BadInput
 from vitrail.progress import say
 from vitrail.recipes import Resolved, resolve
 from vitrail.training.parallel import like
-from vitrail.weights.checkpoint import Run, check_shapes
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import check_shapes
 from vitrail.world import World, job
 
 # Settings that may be others from one stretch to the next: where the images and the processors are, and how these share

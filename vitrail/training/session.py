@@ -33,7 +33,8 @@ from vitrail.training.trackers import Tracker
 from vitrail.vit.config import HALF, Colours
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.models import Model
-from vitrail.weights.checkpoint import Run, read_about
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import read_about
 from vitrail.world import ALONE, World
 
 READ_EVERY = 0.25  # seconds between two looks at losses that wait on the device
@@ -287,7 +288,7 @@ class Session:
         with self.average.in_place():
             model = ordinary(self.shipped, self.world)
             if self.books is not None:
-                self.run.save_model(model, self.dataset.classes, self.mean, self.std)
+                self.run.save_model(model, self.dataset.classes, self.mean, self.std, self.dataset.shorter_side)
         if self.books is not None:
             self.run.save_state(state, self.progress.as_dict())
             if page:

@@ -30,7 +30,8 @@ from vitrail.settings import Recipe
 from vitrail.training.trackers import Tracker, answering, first_line
 from vitrail.vit.config import Colours
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.checkpoint import Run, write_text
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import write_text
 
 NOTE = "tracked.json"  # of a run folder: by tracker, the id of the run there, and the last step that it has taken
 AGAIN = 60.0  # seconds before a tracker that did not answer is asked again

@@ -15,7 +15,7 @@ from vitrail.evaluation.evaluate import pick_device
 from vitrail.input import memory
 from vitrail.input.batches import first_step
 from vitrail.process import deterministic, keep_freed_memory, stop_signals
-from vitrail.progress import counted
+from vitrail.progress import counted, say
 from vitrail.recipes import PRETRAINING, Resolved, default_recipe, resolve
 from vitrail.settings import Recipe, Tracking
 from vitrail.training.optimize import RunningAverage, build_optimizer, warmup_steps
@@ -120,6 +120,9 @@ def train(
                 run, start.resolved, dataset, model, optimizer, average, progress, device, checkpoint_every, began,
                 start.mean, start.std, tracker, world,
             )  # fmt: skip
+            session.batches.read_ahead(progress.step)  # what is streamed is decoded while the first state is written
+            if new and (beginning := str(start)):
+                say(beginning)
             session.announce()
             return session.fit(min(chosen.epochs, stop_after or chosen.epochs), stopped)
 

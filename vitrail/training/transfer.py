@@ -23,7 +23,7 @@ DRAWN = ("initial_weights", "zero_residual")  # settings of weights that are dra
 class Start:
     """What a run begins, or goes on, with.
 
-    `base` has what recipes have no setting for, and weights from elsewhere may want: their GELU, epsilon and ResNet.
+    `base` has what recipes have no setting for, and weights from elsewhere may want: their epsilon and ResNet.
     Images are normalised by `mean` and `std`, in training and from then on. `imported` are the weights to begin with;
     None for random ones, and for those of a checkpoint.
     """
@@ -33,6 +33,14 @@ class Start:
     mean: Colours = HALF
     std: Colours = HALF
     imported: Imported | None = None
+
+    def __str__(self) -> str:
+        """What it begins with, for people; nothing of random weights."""
+        if self.imported is None:
+            return ""
+        before, after = self.imported.config.image_size, self.resolved.recipe.image_size
+        size = f"for images of {before} pixels" if before == after else f"resized from {before} pixels to {after}"
+        return f"begins with the weights of {self.resolved.weights}, {size}, and a new head"
 
     def fill(self, model: Model) -> None:
         """Put the weights to begin with, where there are any, into a model of their shape: position embeddings resized
@@ -44,7 +52,7 @@ class Start:
 
 
 def begin(resolved: Resolved, path: Path | str | None) -> Start:
-    """What a new run begins with: the weights of `path`, anything that `weights.read` reads, or random ones if None.
+    """What a new run begins with: the weights of `path`, what `weights.load.read` reads, or random ones if None.
 
     Raises:
         BadInput: the weights cannot be read, a setting that was given disagrees with them, or the recipe needs some.
@@ -59,7 +67,19 @@ def begin(resolved: Resolved, path: Path | str | None) -> Start:
         raise BadInput(f"a {resolved.recipe.architecture} begins with random weights here; leave --from out.")
     imported = read(Path(path))
     resolved = replace(resolved, weights=str(path), digest=digest(imported.tensors))
+    if resolved.name == FINE_TUNE and resolved.set_by["image_size"] == "recipe":
+        resolved = _enlarged(resolved, imported.config)
     return Start(_shaped(resolved, imported.config), imported.config, imported.mean, imported.std, imported)
+
+
+def _enlarged(resolved: Resolved, config: ViTConfig) -> Resolved:
+    """The recipe with images as much larger than the weights' as the paper's are in fine-tuning (384 pixels after 224),
+    where its own would be more than that: attention would cost weights for small images hundreds of times as much."""
+    size = max(round(config.image_size * 384 / 224 / config.cell), 1) * config.cell
+    if size >= resolved.recipe.image_size:
+        return resolved
+    recipe = replace(resolved.recipe, image_size=size)
+    return replace(resolved, recipe=recipe, set_by=resolved.set_by | {"image_size": "weights"})
 
 
 def go_on(run: Run, resolved: Resolved) -> Start:

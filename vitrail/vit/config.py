@@ -84,6 +84,11 @@ class ViTConfig:
                 f"images of {self.image_size} pixels do not divide into patches of {self.cell}: "
                 f"take images of {sizes}{others}."
             )
+        if self.grid**2 > MOST:
+            raise BadInput(
+                f"images of {self.image_size} pixels are {self.grid**2:,} patches of {self.cell}; a model takes at "
+                f"most {MOST:,}."
+            )
         if self.hidden_size % self.num_heads:
             heads = divisors(self.hidden_size)
             raise BadInput(f"{self.num_heads} heads do not divide a width of {self.hidden_size}: take {heads} heads.")

@@ -322,6 +322,8 @@ class VisionTransformer(nn.Module):
         normal for the patch embedding and the representation layer, zero for the head, the class token and the rest
         of the biases: a new model gives each class the same probability. Registers are as position embeddings.
         """
+        if self.head.weight.is_meta:  # nothing to draw, and torch would import its compiler to pretend: a second
+            return
         for part in self.patch_embedding.modules():
             if isinstance(part, nn.Conv2d | nn.Linear):
                 lecun_normal_(part)

@@ -262,6 +262,8 @@ class ResNetClassifier(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Initial weights as in the official code: those of `ResNet`, and a head of zeros."""
+        if self.head.weight.is_meta:  # as of the Vision Transformer
+            return
         self.resnet.initialise()
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

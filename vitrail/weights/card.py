@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitrail import __version__
+from vitrail.data.images import MARGIN
 from vitrail.progress import counted, duration
 from vitrail.vit.config import HALF
 from vitrail.weights.formats import Imported
@@ -33,12 +34,13 @@ print(model.pretrained_cfg["label_names"][int(logits.argmax())])""",
 
 @dataclass(frozen=True)
 class Record:
-    """What a run measured: `results.json`, the last entry of `environment.json`, and the settings of the recipe that
-    were changed for it."""
+    """What a run measured: `results.json`, the last entry of `environment.json`, the settings of the recipe that were
+    changed for it, and the name of the weights that it began with, if these were not random."""
 
     results: Mapping[str, Any]
     launch: Mapping[str, Any]
     changed: Mapping[str, Any]
+    began: str = ""
 
 
 def model_card(model: Imported, library: str, name: str, record: Record | None) -> str:
@@ -89,11 +91,13 @@ def _measured(record: Record) -> str:
     results, launch = record.results, record.launch
     settings = ", ".join(f"{name} {value}" for name, value in record.changed.items())
     changed = f" with {settings}" if settings else ""
-    hardware = launch.get("gpu") or f"{launch.get('cpu', 'a processor')}, {launch.get('threads', '?')} threads"
+    threads = f", {counted(launch['threads'], 'thread')}" if "threads" in launch else ""
+    hardware = launch.get("gpu") or f"{launch.get('cpu', 'a processor')}{threads}"
     rows = {
         "top-1": f"{results['top1']:.4f}", "top-5": f"{results['top5']:.4f}", "loss": f"{results['loss']:.4f}",
         "measured on": f"{counted(results['count'], 'image')}: {results['dataset']}, {results['split']}",
         "recipe": f"`{results['recipe']}` of Vitrail {launch.get('vitrail', '')}{changed}, seed {results['seed']}",
+        **({"began with": f"the weights of `{record.began}`"} if record.began else {}),
         "epochs": f"{results['epochs']} of {results['epochs_planned']}; {results['samples_seen']:,} images seen",
         "training time": f"{duration(results['train_seconds'])} on {hardware}, {results['precision']}",
         "commit": launch.get("commit") or "not known",
@@ -104,12 +108,17 @@ def _measured(record: Record) -> str:
 
 def _images(model: Imported) -> str:
     """How images are made ready, and where Vitrail does otherwise."""
-    size, side = model.config.image_size, model.resized_to
+    size, side, usual = model.config.image_size, model.resized_to, round(model.config.image_size * MARGIN)
     colours = "to -1…1" if (model.mean, model.std) == (HALF, HALF) else f"by mean {model.mean}, deviation {model.std}"
     text = (
         f"## Images\n\nThe shorter side is resized to {side} pixels (bicubic), the {size} × {size} in the middle are "
         f"taken, and pixels are normalised {colours}."
     )
-    if side > size:
-        text += f" Vitrail itself enlarges a smaller image to {size} only, and takes one between the two as it is."
+    if side != usual:
+        text += (
+            " The images that it learnt from had been brought to that size. `vitrail predict` shrinks larger ones to "
+            f"{usual} pixels instead, and takes the {size} × {size} in the middle of these."
+        )
+    elif side > size:
+        text += f" `vitrail predict` enlarges smaller images to {size} only, and takes those in between as they are."
     return text

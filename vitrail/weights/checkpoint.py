@@ -16,102 +16,23 @@ tracked.json                 its id and last step, by tracker     where it is se
 
 import contextlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitrail.errors import BadInput
 from vitrail.recipes import Resolved
 from vitrail.settings import Recipe
 from vitrail.vit import models
-from vitrail.vit.config import HALF, Colours, check_colours
+from vitrail.vit.config import HALF, Colours, ViTConfig, check_colours, shorten
 from vitrail.vit.models import Config, Model
+from vitrail.weights.files import check_weights, read_json, read_tensors, write_tensors, write_text
 
 RENAMED = {"average": "ema_decay", "decay_share": "cooldown"}  # settings of run folders from before the first release
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Have `save` write a file beside `path`, then put it in its place in one step that cannot be interrupted.
-
-    Raises:
-        OSError: it could not be written (no space left, say); what stood at `path` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_tensors(
-    path: Path,
-    tensors: dict[str, Tensor],
-    about: dict[str, Any] | None = None,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write tensors in one step, with `about` as JSON in the header, or with the one key that `metadata` has. The same
-    tensors give the same bytes."""
-    # One key only: safetensors writes several in no fixed order.
-    metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else metadata
-
-    def save(partial: Path) -> None:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the umask has it; safetensors gives its files to their owner alone
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        except SafetensorError as error:  # its way of saying that the disk is full
-            raise OSError(f"could not write {path}: {error}") from error
-        partial.chmod(mode)
-
-    write(path, save)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and what was said `about` them.
-
-    Raises:
-        BadInput: there is no such file, or it is damaged.
-    """
-    try:
-        # For PyTorch it would open the file a second time, which a running training may have replaced meanwhile.
-        with safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            names = file.keys()  # of something that is no dict
-            return {name: torch.from_numpy(file.get_tensor(name)) for name in names}, about
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}") from None
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """What was said `about` the tensors of a file, which are not read.
-
-    Raises:
-        BadInput: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="np") as file:
-            return json.loads((file.metadata() or {})["about"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{path} is damaged: {error}.") from None
 
 
 @dataclass(frozen=True)
@@ -145,7 +66,10 @@ class Run:
         if not path.is_dir():
             raise BadInput(f"there is no run folder {path}.")
         if not (path / "recipe.yaml").is_file() and not (path / "model" / "config.json").is_file():
-            raise BadInput(f"{path} is no run folder: it has neither a recipe.yaml nor a model/config.json.")
+            mend = ""
+            if (path / "config.json").is_file():
+                mend = f" vitrail import {path} --output runs/{path.resolve().name} makes one of its weights."
+            raise BadInput(f"{path} is no run folder: it has neither a recipe.yaml nor a model/config.json.{mend}")
         return cls(path)
 
     @property
@@ -240,13 +164,18 @@ class Run:
                 raise BadInput(f"{path} is damaged: {error}.") from None
             write_text(path, "".join(kept))
 
-    def save_model(self, model: Model, classes: tuple[str, ...], mean: Colours = HALF, std: Colours = HALF) -> None:
+    def save_model(
+        self, model: Model, classes: tuple[str, ...], mean: Colours = HALF, std: Colours = HALF,
+        shorter_side: int | None = None,
+    ) -> None:  # fmt: skip
         """Write the weights to ship, and beside them all that is needed to use them: images are to have `mean`
-        subtracted from them, of pixels from 0 to 1, and to be divided by `std`."""
+        subtracted from them, of pixels from 0 to 1, and to be divided by `std`; `shorter_side` is what that of each
+        image had been resized to, where it is known."""
+        seen = {"image_size": model.config.image_size, "mean": list(mean), "std": list(std)}
         config = {
             **models.to_json(model.config),
             "classes": list(classes),
-            "preprocessing": {"image_size": model.config.image_size, "mean": list(mean), "std": list(std)},
+            "preprocessing": seen if shorter_side is None else {**seen, "shorter_side": shorter_side},
         }
         write_text(self.path / "model" / "config.json", json.dumps(config, indent=2) + "\n")
         write_tensors(self.path / "model" / "model.safetensors", model.state_dict())
@@ -266,21 +195,36 @@ class Run:
         Raises:
             BadInput: `model/config.json` is missing or damaged.
         """
-        return self._read_config()[2:]
+        return self._read_config()[2:4]
 
-    def _read_config(self) -> tuple[Config, tuple[str, ...], Colours, Colours]:
+    def shorter_side(self) -> int | None:
+        """What the shorter side of the images that it learnt from had been resized to, in pixels; None where that is
+        not known, or they were not all the same.
+
+        Raises:
+            BadInput: `model/config.json` is missing or damaged.
+        """
+        return self._read_config()[4]
+
+    def _read_config(self) -> tuple[Config, tuple[str, ...], Colours, Colours, int | None]:
         path = self.path / "model" / "config.json"
+        if not path.is_file():
+            raise BadInput(f"{self.path} holds no model: {path} is missing.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             config = models.from_json(content)
             seen = content.get("preprocessing", {})
             colours = check_colours(seen.get("mean", HALF), seen.get("std", HALF))
-            return config, tuple(map(str, content["classes"])), *colours
-        except FileNotFoundError:
-            raise BadInput(f"{self.path} holds no model: {path} is missing.") from None
+            side = seen.get("shorter_side")
+            size = config.image_size
+            if side is not None and (not isinstance(side, int) or not size <= side <= 10 * size):
+                raise BadInput(
+                    f"shorter_side is {shorten(side)}; it must be a whole number from {size} to {10 * size}."
+                )
+            return config, tuple(map(str, content["classes"])), *colours, side
         except BadInput as error:
-            raise BadInput(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise (error if str(path) in str(error) else BadInput(f"{path}: {error}")) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{path} is damaged: {error}.") from None
 
     def load_model(self) -> tuple[Model, tuple[str, ...]]:
@@ -292,11 +236,15 @@ class Run:
         config, classes = self.config()
         path = self.path / "model" / "model.safetensors"
         tensors, _ = read_tensors(path)
+        layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        if isinstance(config, ViTConfig) and layers != config.num_layers:  # before a thousand of them are built
+            says = self.path / "model" / "config.json"
+            raise BadInput(f"{says} says num_layers = {config.num_layers}, and {path} has {layers}.")
         with torch.device("meta"):
             model = models.build(config)
         if len(classes) != config.num_classes:
             raise BadInput(f"{self.path}/model/config.json names {len(classes)} classes of {config.num_classes}.")
-        check_shapes(model.state_dict(), tensors, path)
+        check_weights(model.state_dict(), tensors, path)
         model.load_state_dict(tensors, assign=True)
         return model, classes
 
@@ -314,21 +262,3 @@ class Run:
         if not path.is_file():
             raise BadInput(f"{self.path} cannot be resumed: it was ended before its first checkpoint. Train anew.")
         return read_tensors(path)
-
-
-def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    """Compare the names and shapes of weights.
-
-    Raises:
-        BadInput: some are missing, unexpected or misshapen; the message lists them.
-    """
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unexpected" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise BadInput(f"the weights of {path} are not this model's: {'; '.join(problems[:8])}{more}.")

@@ -1,22 +1,23 @@
-"""Weights in and out: anything that `weights.read` reads → a run folder; a run → a folder of another library."""
+"""Weights in and out: anything that `weights.load.read` reads → a run folder; a run → a folder of another library."""
 
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from vitrail.data.images import MARGIN
 from vitrail.environment import describe
 from vitrail.errors import BadInput
-from vitrail.settings import Recipe
 from vitrail.vit.model import VisionTransformer
 from vitrail.weights.card import Record, model_card
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.formats import HEAD, Imported, read_json
+from vitrail.weights.files import read_json
+from vitrail.weights.formats import HEAD, Imported
 from vitrail.weights.load import build, read
 from vitrail.weights.timm_format import check_timm, write_timm
 from vitrail.weights.transformers_format import check_transformers, write_transformers
@@ -28,21 +29,16 @@ WRITE = {"transformers": write_transformers, "timm": write_timm}
 COMPARED = 2  # random images
 TOLERANCE = 1e-4  # between outputs of the run and of what was written
 NOT_TOLD = ("data", "device", "seed")  # settings that the card has no room for, or elsewhere
-SIDES = {
-    "digits": 8,
-    "tiny-imagenet": 64,
-    "cifar-10": 32,
-    "cifar-100": 32,
-}  # pixels, of built-in images
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and the largest difference between its logits, read back, and those of the run on `images`
-    random images."""
+    """What was written, and the largest difference, on `images` random images, between the logits of the run and those
+    of what was written: read back, and as the other library itself loads it, None where that cannot be imported."""
 
     path: Path
     difference: float
+    theirs: float | None
     images: int
 
 
@@ -53,20 +49,21 @@ def import_run(
     is `output-2`, and so on.
 
     Args:
-        source: anything that `weights.read` reads.
+        source: anything that `weights.load.read` reads.
         output: the run folder.
         image_size: resizes the position embeddings to images of that size.
         num_classes: puts a new head of zeros on; its classes are named by their numbers.
 
     Raises:
-        BadInput: as `weights.load`; nothing is written.
+        BadInput: as `vitrail.load`; nothing is written.
     """
     imported = read(source)
     model = build(imported, source, image_size=image_size, num_classes=num_classes)
     classes = imported.classes if num_classes is None else tuple(map(str, range(num_classes)))
     run = Run.create(output)
     try:
-        run.save_model(model, classes, imported.mean, imported.std)
+        side = imported.shorter_side if model.config.image_size == imported.config.image_size else None
+        run.save_model(model, classes, imported.mean, imported.std, side)
         run.note_launch({"imported": str(source), **describe(torch.device("cpu"))})
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
@@ -79,7 +76,7 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
     back, and compare what both models say of random images.
 
     Args:
-        source: a run folder, or anything else that `weights.read` reads.
+        source: a run folder, or anything else that `weights.load.read` reads.
         library: whose format.
         output: the folder, which must not exist.
 
@@ -96,43 +93,64 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
     CHECK[library](imported.config)
     if output.exists() or output.is_symlink():
         raise BadInput(f"{output} exists, and is not overwritten; name another folder with --output.")
-    imported = replace(imported, shorter_side=_shorter_side(recipe, imported.config.image_size))
-    card = _card(imported, library, output.name, source)
+    card, model = _card(imported, library, output.name, source), build(imported, source)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         partial.mkdir()
         WRITE[library](partial, imported, card)
-        difference = compare_outputs(build(imported, source), build(read(partial), partial))
+        difference, theirs = (
+            compare_outputs(model, build(read(partial), partial)),
+            compare_theirs(model, library, partial),
+        )
         if math.isnan(difference):
             raise BadInput(f"{source} gives outputs that are no numbers: its weights are broken.")
-        if difference > TOLERANCE:
-            raise RuntimeError(f"what was written for {output} gives other outputs than {source}, by {difference:g}")
+        if (most := max(difference, theirs or 0)) > TOLERANCE:
+            raise RuntimeError(f"what was written for {output} gives other outputs than {source}, by {most:g}")
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(output, difference, COMPARED)
+    return Exported(output, difference, theirs, COMPARED)
+
+
+def random_images(model: VisionTransformer) -> Float[Tensor, "B 3 S S"]:
+    """What models are compared on."""
+    size = model.config.image_size
+    return torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.inference_mode()
+def compare_theirs(model: VisionTransformer, library: Library, folder: Path) -> float | None:
+    """The largest difference between a model's logits and those of the model that the library itself makes of a folder:
+    names that Vitrail writes and reads in the same wrong way show there alone. None where it cannot be imported."""
+    try:  # they import much, and torchvision, which fails beside a build of torch that it was not made for
+        if library == "timm":
+            from timm import create_model
+        else:
+            from transformers import ViTForImageClassification, logging
+    except (ImportError, RuntimeError):
+        return None
+    if library == "timm":
+        theirs = create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        theirs = ViTForImageClassification.from_pretrained(folder)
+    images = random_images(model)
+    logits = theirs.eval()(images)
+    return float((getattr(logits, "logits", logits) - model(images)).abs().max())
 
 
 @torch.inference_mode()
 def compare_outputs(model: VisionTransformer, other: VisionTransformer) -> float:
     """The largest difference, on the same random images, between the logits of two models, and between the tokens that
     their heads read: a head that is still zero would hide any other."""
-    size = model.config.image_size
-    images = torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    pairs = []
+    images, pairs = random_images(model), []
     for each in (model, other):
         tokens = each.forward_encoder(each.embed(images))
         pairs.append((tokens, each.forward_head(tokens)))
     differences = [(ours - theirs).abs().max() for ours, theirs in zip(*pairs, strict=True)]
     return float(torch.stack(differences).max())
-
-
-def _shorter_side(recipe: Recipe | None, image_size: int) -> int | None:
-    """What the shorter side of an image is to be resized to, where the images of a run were smaller than `to_pixels`
-    makes large ones: then that is what its figures are of."""
-    known = SIDES.get(recipe.data) if recipe else None
-    return known and min(max(known, image_size), round(image_size * MARGIN))
 
 
 def _card(imported: Imported, library: Library, name: str, source: Path) -> str:
@@ -156,4 +174,5 @@ def _record(source: Path) -> Record | None:
     # Not where the data was: its name is in the results, and its path is nobody else's business.
     changed = [name for name, who in resolved.set_by.items() if who == "command line" and name not in NOT_TOLD]
     values = {name: getattr(resolved.recipe, name) for name in changed}
-    return Record(read_json(source / "results.json"), next(reversed(run.launches()), {}), values)
+    began = Path(resolved.weights).name if resolved.weights else ""
+    return Record(read_json(source / "results.json"), next(reversed(run.launches()), {}), values, began)

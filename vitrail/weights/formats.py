@@ -5,7 +5,6 @@ shape is read from the weights, which cannot promise more than they have, and co
 """
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -18,15 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitrail.data.images import MARGIN
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, first_of
 from vitrail.vit.config import ADDITIONS, HALF, Colours, ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.checkpoint import check_shapes
+from vitrail.weights.files import check_shapes
 
 # The names that another library has for one of Vitrail's weights: several, if it keeps the rows of it apart.
 Names = Callable[[str], tuple[str, ...]]
 
-MOST_JSON = 1 << 25  # bytes: the names of ImageNet-21k's classes take a thirtieth of it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEAD = ("head.weight", "head.bias")
@@ -53,25 +51,6 @@ class Imported:
     def resized_to(self) -> int:
         """What an image's shorter side is resized to, in pixels."""
         return self.shorter_side or round(self.config.image_size * MARGIN)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file says by name.
-
-    Raises:
-        BadInput: it is missing, damaged or too large, or holds something else.
-    """
-    try:
-        if (size := path.stat().st_size) > MOST_JSON:
-            raise BadInput(f"{path} has {size:,} bytes: it is not read.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing.") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} holds {shorten(content)}, and no settings by name.")
-    return content
 
 
 def section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -198,10 +177,7 @@ def refuse(names: Collection[str], parts: dict[str, str], path: Path) -> None:
     """
     for pattern, part in parts.items():
         if found := sorted(name for name in names if re.search(pattern, name)):
-            more = f" and {len(found) - 2} more" if len(found) > 2 else ""
-            raise BadInput(
-                f"{path} is of a model with {part}, which Vitrail does not read: {', '.join(found[:2])}{more}."
-            )
+            raise BadInput(f"{path} is of a model with {part}, which Vitrail does not read: {first_of(found, 2)}.")
 
 
 def refuse_additions(config: ViTConfig, library: str) -> None:

@@ -2,6 +2,7 @@
 own run folders."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, nearest
 from vitrail.vit.config import shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.models import Model
 from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
-from vitrail.weights.checkpoint import Run, check_shapes
-from vitrail.weights.formats import HEAD, PICKLES, Imported, read_json
+from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import check_weights, read_json
+from vitrail.weights.formats import HEAD, PICKLES, Imported
 from vitrail.weights.official import read_official
 from vitrail.weights.timm_format import read_timm
 from vitrail.weights.transformers_format import read_transformers
@@ -61,6 +63,8 @@ def read(source: Path) -> Imported:
         raise BadInput(f"{source} is a file{pickled}. Vitrail reads {UNDERSTOOD}.")
     if (source / "config.json").is_file():
         return _read_foreign(source)
+    if not source.exists():
+        raise BadInput(f"there is no file or folder {source}{_instead(source)}")
     if source.is_dir() and not is_run(source):
         names = sorted(entry.name for entry in source.iterdir())
         found = f"it has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else "it is empty"
@@ -68,6 +72,16 @@ def read(source: Path) -> Imported:
             f"{source} is no run folder, and nothing else that is understood: {found}. Vitrail reads {UNDERSTOOD}."
         )
     return _read_run(Run.open(source))
+
+
+def _instead(source: Path) -> str:
+    """What somebody may have meant who named what is not there, behind the name."""
+    address = re.sub(r"^(hf:|https:/|huggingface\.co/)+", "", source.as_posix())
+    if address != source.as_posix() or (address.count("/") == 1 and not source.parent.exists()):
+        name = address.rpartition("/")[2]
+        return f". Vitrail fetches no weights: hf download {address} --local-dir {name} does, and {name} is read."
+    there = sorted(entry.name for entry in source.parent.iterdir()) if source.parent.is_dir() else ()
+    return nearest(source.name, there)
 
 
 def _load_resnet(run: Run, image_size: int | None, num_classes: int | None) -> Model:
@@ -93,7 +107,7 @@ def _read_run(run: Run) -> Imported:
             f"{run.path} is a run of a ResNet, which is there to be compared: vitrail.load, evaluate, predict, report "
             f"and compare take it; import, export and training from weights take Vision Transformers alone."
         )
-    return Imported(model.config, model.state_dict(), classes, *run.preprocessing())
+    return Imported(model.config, model.state_dict(), classes, *run.preprocessing(), run.shorter_side())
 
 
 def _read_foreign(folder: Path) -> Imported:
@@ -131,7 +145,7 @@ def build(
         raise BadInput(f"{source} has no head; say for how many classes to make one (--num-classes, num_classes=…).")
     with torch.device("meta"):
         model = VisionTransformer(config)
-    check_shapes(model.state_dict(), tensors, source)
+    check_weights(model.state_dict(), tensors, source)
     model.load_state_dict(tensors, assign=True)
     if image_size is not None and image_size != config.image_size:
         model.resize(image_size)

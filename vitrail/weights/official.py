@@ -15,19 +15,32 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrail.errors import BadInput
+from vitrail.errors import BadInput, first_of
 from vitrail.vit.config import ViTConfig
 
 Arrays = dict[str, NDArray[Any]]
+STATE = "opt/"  # what checkpoints of training have beside the weights
 
 INFLATED = 32  # an archive may be compressed, but trained weights hardly shrink: more than this is a trap
 SMALL = 1 << 24  # bytes: what any archive may hold
 # What encloses the weights in checkpoints with an optimizer's state, and in those of training code that came later.
 ENCLOSING = ("opt/target/", "params/")
-# Released files number the parts of a block together, later code each kind by itself (convert_pre_linen in
-# checkpoint.py).
+# Released files number the parts of a block together, later code each kind by itself (convert_pre_linen in the
+# official checkpoint.py).
 RENAMED = {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0", "LayerNorm_2": "LayerNorm_1",
            "MlpBlock_3": "MlpBlock_0"}  # fmt: skip
+
+
+class Used(dict[str, NDArray[Any]]):
+    """Arrays that know which of them were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        self.used.add(name)
+        return super().__getitem__(name)
 
 
 def read_official(path: Path) -> tuple[ViTConfig, dict[str, Tensor]]:
@@ -36,20 +49,31 @@ def read_official(path: Path) -> tuple[ViTConfig, dict[str, Tensor]]:
     Raises:
         BadInput: the file is missing or damaged, holds anything but numbers, or is no Vision Transformer's.
     """
-    arrays = {_name(name): array for name, array in _read(path).items()}
+    arrays = Used()
+    for name, array in _read(path).items():
+        if (named := _name(name)) in arrays:
+            raise BadInput(f"{path} has {named} twice, under two names.")
+        arrays[named] = array
     try:
         config = _config(arrays)
-        return config, {name: _tensor(array) for name, array in _weights(arrays, config)}
+        weights = {name: _tensor(array) for name, array in _weights(arrays, config)}
     except KeyError as error:
         raise BadInput(f"{path} is no checkpoint of the official Vision Transformer: {error} is missing.") from None
     except (ValueError, IndexError, TypeError) as error:
         raise BadInput(f"the arrays of {path} are not of the shapes of a Vision Transformer's: {error}.") from None
+    unread = sorted(name for name in arrays.keys() - arrays.used if not name.startswith(STATE))
+    if unread:
+        raise BadInput(f"{path} has arrays that Vitrail's model has no place for: {first_of(unread, 3)}.")
+    return config, weights
 
 
 def _read(path: Path) -> Arrays:
     """All arrays of an archive, in float32."""
     try:
         with zipfile.ZipFile(path) as archive:
+            # As NumPy writes them. Others are unpacked whole, however little of it is asked for.
+            if {entry.compress_type for entry in archive.infolist()} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise BadInput(f"{path} is compressed as NumPy compresses nothing: it is not read.")
             held, there = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
             if held > max(SMALL, INFLATED * there):
                 raise BadInput(f"{path} has {there:,} bytes and says that it holds {held:,}: it is not read.")
@@ -78,7 +102,8 @@ def _array(file: IO[bytes], size: int) -> NDArray[Any]:
     count = int(np.prod(shape, dtype=object))
     if not count or count * dtype.itemsize != size - file.tell():
         raise ValueError(f"an array of shape {shape} is not what the {size:,} bytes there are")
-    flat = np.frombuffer(file.read(), dtype).astype(np.float32)
+    left = size - file.tell()  # asked for by its length: without one, all that is packed would be unpacked first
+    flat = np.frombuffer(file.read(left), dtype).astype(np.float32)
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
@@ -105,7 +130,7 @@ def _config(arrays: Arrays) -> ViTConfig:
         "representation_size": arrays["pre_logits/kernel"].shape[1] if "pre_logits/kernel" in arrays else None,
         "resnet_blocks": _blocks(arrays),
     }
-    cell = ViTConfig(**shape | {"image_size": patch_size * 1024}).cell  # of an image that surely divides
+    cell = ViTConfig(**shape | {"image_size": patch_size * 256}).cell  # of an image that surely divides
     return ViTConfig(**shape, image_size=cell * round(tokens**0.5))
 
 

@@ -15,13 +15,12 @@ from typing import Any
 from vitrail.errors import BadInput
 from vitrail.settings import Classifier
 from vitrail.vit.config import Colours, Gelu, ViTConfig, check_colours, shorten
-from vitrail.weights.checkpoint import write_tensors, write_text
+from vitrail.weights.files import read_json, write_tensors, write_text
 from vitrail.weights.formats import (
     Imported,
     Shape,
     compare,
     measure,
-    read_json,
     read_weights,
     refuse,
     refuse_additions,
@@ -113,7 +112,8 @@ def read_timm(folder: Path) -> Imported:
         layer_norm_eps=EPSILON, dropout=options.get("proj_drop_rate", 0.0),
     )  # fmt: skip
     tensors = to_ours(weights, names, ours, weights_at)
-    return Imported(ours, tensors, _classes(config, seen, shape.num_classes, at), *_colours(seen, at))
+    classes = _classes(config, seen, shape.num_classes, at)
+    return Imported(ours, tensors, classes, *_colours(seen, at), _shorter_side(seen, ours.image_size))
 
 
 def _said(
@@ -227,6 +227,12 @@ def _colours(seen: dict[str, Any], path: Path) -> tuple[Colours, Colours]:
         return check_colours(seen.get("mean", IMAGENET[0]), seen.get("std", IMAGENET[1]))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def _shorter_side(seen: dict[str, Any], size: int) -> int | None:
+    """What an image's is to be resized to; None where the config does not say, or says what Vitrail does not do."""
+    share = seen.get("crop_pct")
+    return math.floor(size / share) if isinstance(share, int | float) and 0.1 <= share <= 1 else None
 
 
 def check_timm(config: ViTConfig) -> None:

@@ -15,12 +15,11 @@ from torch import Tensor
 from vitrail.errors import BadInput
 from vitrail.progress import counted
 from vitrail.vit.config import HALF, Colours, Gelu, ViTConfig, check_colours, shorten
-from vitrail.weights.checkpoint import write_tensors, write_text
+from vitrail.weights.files import read_json, write_tensors, write_text
 from vitrail.weights.formats import (
     Imported,
     compare,
     measure,
-    read_json,
     read_weights,
     refuse,
     refuse_additions,
@@ -105,7 +104,10 @@ def read_transformers(folder: Path) -> Imported:
         layer_norm_eps=config.get("layer_norm_eps", 1e-12), dropout=config.get("hidden_dropout_prob", 0.0),
     )  # fmt: skip
     tensors = to_ours(weights, names, ours, weights_at)
-    return Imported(ours, tensors, _classes(config, shape.num_classes, at), *_colours(folder))
+    classes = _classes(config, shape.num_classes, at)
+    seen_at = folder / "preprocessor_config.json"
+    seen = read_json(seen_at) if seen_at.exists() else {}
+    return Imported(ours, tensors, classes, *_colours(seen, seen_at), _shorter_side(seen, ours.image_size))
 
 
 def _renamed(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -151,25 +153,30 @@ def _classes(config: dict[str, Any], count: int | None, path: Path) -> tuple[str
     return tuple(str(found.get(number, number)) for number in map(str, range(count)))
 
 
-def _colours(folder: Path) -> tuple[Colours, Colours]:
-    """Mean and standard deviation that images are normalised by; transformers' defaults, where no file says it.
+def _colours(seen: dict[str, Any], path: Path) -> tuple[Colours, Colours]:
+    """Mean and standard deviation that images are normalised by; transformers' defaults, where nothing says it.
 
     Raises:
         BadInput: what the file says cannot be.
     """
-    path = folder / "preprocessor_config.json"
-    said = read_json(path) if path.exists() else {}
-    factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1
+    factor = seen.get("rescale_factor", 1 / 255) if seen.get("do_rescale", True) else 1
     if not isinstance(factor, int | float) or not 0 < factor < 1e6:
         raise BadInput(f"{path} has rescale_factor = {shorten(factor)}; it must be above 0.")
-    asked = said.get("do_normalize", True)
-    mean, std = (said.get("image_mean", HALF), said.get("image_std", HALF)) if asked else (0.0, 1.0)
+    asked = seen.get("do_normalize", True)
+    mean, std = (seen.get("image_mean", HALF), seen.get("image_std", HALF)) if asked else (0.0, 1.0)
     try:
         mean, std = check_colours(mean, std)
         # Of pixels from 0 to 1: theirs are from 0 to 255 · factor.
         return check_colours(*([value / (255 * factor) for value in row] for row in (mean, std)))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def _shorter_side(seen: dict[str, Any], image_size: int) -> int | None:
+    """What an image's is to be resized to; None where nothing says it, or it is what Vitrail does not do."""
+    size = seen.get("size")
+    side = size.get("shortest_edge") if isinstance(size, dict) else None
+    return side if isinstance(side, int) and image_size <= side <= 10 * image_size else None
 
 
 def check_transformers(config: ViTConfig) -> None:
@@ -183,8 +190,9 @@ def check_transformers(config: ViTConfig) -> None:
         ("resnet_blocks", config.resnet_blocks, None),
     ):  # fmt: skip
         if value != plain:
+            mend = " --to timm says it; so does --classifier token at training." if name == "classifier" else ""
             raise BadInput(
-                f"transformers' ViTForImageClassification has no {name} = {shorten(value)}, as this model has it."
+                f"transformers' ViTForImageClassification has no {name} = {shorten(value)}, as this model has it.{mend}"
             )
     refuse_additions(config, "transformers")
 

@@ -1,0 +1,145 @@
+"""Files that are written whole or not at all, and tensors in them, without pickles."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitrail.errors import BadInput, first_of
+from vitrail.vit.config import shorten
+
+MOST_JSON = 1 << 25  # bytes: the names of ImageNet-21k's classes take a thirtieth of it
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Have `save` write a file beside `path`, then put it in its place in one step that cannot be interrupted.
+
+    Raises:
+        OSError: it could not be written (no space left, say); what stood at `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    about: dict[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write tensors in one step, with `about` as JSON in the header, or with the one key that `metadata` has. The same
+    tensors give the same bytes."""
+    # One key only: safetensors writes several in no fixed order.
+    metadata = {"about": json.dumps(about, sort_keys=True)} if about is not None else metadata
+
+    def save(partial: Path) -> None:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; safetensors gives its files to their owner alone
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:  # its way of saying that the disk is full
+            raise OSError(f"could not write {path}: {error}") from error
+        partial.chmod(mode)
+
+    write(path, save)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what was said `about` them.
+
+    Raises:
+        BadInput: there is no such file, or it is damaged.
+    """
+    try:
+        # For PyTorch it would open the file a second time, which a running training may have replaced meanwhile.
+        with safe_open(path, framework="np") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            names = file.keys()  # of something that is no dict
+            return {name: torch.from_numpy(file.get_tensor(name)) for name in names}, about
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing.") from None
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:  # NumPy has no bfloat16
+        raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}.") from None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What was said `about` the tensors of a file, which are not read.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return json.loads((file.metadata() or {})["about"])
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged: {error}.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file says by name.
+
+    Raises:
+        BadInput: it is missing, damaged or too large, or holds something else.
+    """
+    try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise BadInput(f"{path} has {size:,} bytes: it is not read.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds {shorten(content)}, and no settings by name.")
+    return content
+
+
+def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Compare the names, shapes and types of weights, and see whether all of them are numbers.
+
+    Raises:
+        BadInput: some are missing, unexpected or misshapen, of another type, or NaN or infinite; the message names
+            them.
+    """
+    check_shapes(expected, found, path)
+    for name, tensor in found.items():
+        if tensor.dtype != expected[name].dtype:
+            raise BadInput(f"{path} has {name} of {tensor.dtype}; it must be of {expected[name].dtype}.")
+    if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+        raise BadInput(f"the weights of {path} are broken: {first_of(broken, 3)} have NaN or infinite values.")
+
+
+def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Compare the names and shapes of weights.
+
+    Raises:
+        BadInput: some are missing, unexpected or misshapen; the message lists them.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BadInput(f"the weights of {path} are not this model's: {'; '.join(problems[:8])}{more}.")
