@@ -29,8 +29,8 @@ from vitrail.vit.positions import Rotation, apply_rotary, resize_position_embedd
 from vitrail.vit.resnet import ResNet, lecun_normal_, out_channels
 
 LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
-# On a CPU the backward pass of torch's fused attention is slower than plain matrix products up to here (docs/speed.md).
-# They need memory for the (T, T) matrices, so that long sequences, inference and GPUs are left to the fused kernel.
+# On a CPU torch's fused attention is slower than plain matrix products up to here, backward, and in bf16 forward too
+# (docs/log.md). They need memory for (T, T) matrices: all else is left to the fused kernel.
 PLAIN_ATTENTION_TOKENS = 256
 
 
@@ -99,7 +99,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B wanted D"]:
         """What the first `wanted` tokens, or all, take from all; `rotation` is that of rotary positions."""
         q, k, v = self.project(x, wanted, rotation)
-        if x.device.type == "cpu" and torch.is_grad_enabled() and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
+        slow = x.device.type == "cpu" and (torch.is_grad_enabled() or q.dtype == torch.bfloat16)
+        if slow and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
             heads = self.softmax(q, k) @ v
         else:
             heads = F.scaled_dot_product_attention(q, k, v)
