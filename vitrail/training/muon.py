@@ -30,9 +30,12 @@ class Muon(torch.optim.Optimizer):
             one another, and each of them is made orthogonal by itself: the queries, keys and values of `Attention` are
             three. As one (3D, D) matrix, they would have D directions between them, which is another update. The kernel
             of a convolution is a matrix with a row for each channel of its output.
+        dtype: of the products that make them so. torch.optim.Muon has bfloat16 everywhere; a CPU without instructions
+            for it takes 4.6 times as long with it.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         super().__init__(groups, {})
         self._share()
 
@@ -65,7 +68,7 @@ class Muon(torch.optim.Optimizer):
                     alike.setdefault((min(rows, columns), max(rows, columns)), []).append(wide)
         for matrices in alike.values():
             parts, alongs, rates = zip(*matrices, strict=True)
-            updates = orthogonalise(torch.stack(alongs)).unbind()
+            updates = orthogonalise(torch.stack(alongs), self.dtype).unbind()
             torch._foreach_mul_(updates, rates)
             torch._foreach_sub_(parts, updates)
 
@@ -80,17 +83,15 @@ class Muon(torch.optim.Optimizer):
         return torch._foreach_lerp(gradients, momenta, MOMENTUM)
 
 
-def orthogonalise(matrices: Float[Tensor, "N R C"], dtype: torch.dtype | None = None) -> Float[Tensor, "N R C"]:
+def orthogonalise(matrices: Float[Tensor, "N R C"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "N R C"]:
     """U p(S / |S|) Vᵀ of each matrix U S Vᵀ, where p is the odd polynomial of degree 5 that `COEFFICIENTS` are of, five
     times over: Newton-Schulz. It puts the singular values from 0.003 |S| up between 0.68 and 1.21.
 
     Args:
         matrices: in float32.
-        dtype: of the products; if None, bfloat16 on CUDA, as torch.optim.Muon has it everywhere, else float32: a CPU
-            without instructions for bfloat16 took 4.6 times as long with it.
+        dtype: of the products.
     """
     a, b, c = COEFFICIENTS
-    dtype = dtype or (torch.bfloat16 if matrices.device.type == "cuda" else torch.float32)
     x = matrices.to(dtype)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPS)
     for _ in range(ITERATIONS):

@@ -85,7 +85,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         case "sgd":
             return torch.optim.SGD(groups, momentum=0.9, fused=True)
         case "muon":
-            return Muon(groups)
+            return Muon(groups, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
 
 
 class RunningAverage:
