@@ -44,7 +44,7 @@ def test_a_run_is_kept_with_all_that_it_takes_to_repeat_it(run: Path) -> None:
 
 def test_the_model_that_is_kept_is_that_of_its_run() -> None:
     """Its card has the run's figures; the weights are loaded by the command that the README gives."""
-    run, folder = ROOT / "results" / "laptop-seed-0", ROOT / "models" / "laptop"
+    run, folder = ROOT / "results" / "laptop-128-wide-seed-0", ROOT / "models" / "laptop"
     found, model = results(run), vitrail.load(folder)
     assert isinstance(model, vitrail.VisionTransformer)
     assert sum(weight.numel() for weight in model.parameters()) == found["parameters"]

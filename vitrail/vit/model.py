@@ -29,8 +29,8 @@ from vitrail.vit.positions import Rotation, apply_rotary, resize_position_embedd
 from vitrail.vit.resnet import ResNet, lecun_normal_, out_channels
 
 LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
-# On a CPU torch's fused attention is slower than plain matrix products up to here, backward, and in bf16 forward too
-# (docs/log.md). They need memory for (T, T) matrices: all else is left to the fused kernel.
+# On a CPU torch's fused attention is slower than plain matrix products, which need memory for (T, T) matrices, up to
+# here: backward, and in bf16 forward too (docs/log.md).
 PLAIN_ATTENTION_TOKENS = 256
 
 
@@ -288,8 +288,7 @@ class VisionTransformer(nn.Module):
         self, images: Float[Tensor, "B channels height width"], layers: int | Collection[int] | None = None
     ) -> Iterator[tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"], Rotation | None]]:
         """The blocks of these layers one by one, and what enters each. Nothing behind the last of them is computed."""
-        layers = [layers] if isinstance(layers, int) else layers
-        wanted = set(range(len(self.blocks)) if layers is None else layers)
+        wanted = {layers} if isinstance(layers, int) else set(range(len(self.blocks)) if layers is None else layers)
         if missing := wanted - set(range(len(self.blocks))):
             raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")
         tokens, last = self.embed(images), max(wanted, default=-1)
