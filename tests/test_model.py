@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -66,6 +68,61 @@ def test_logits_at_a_larger_image_size_are_the_official_ones(case: str) -> None:
 def test_both_ways_to_attend_give_the_official_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
     test_logits_are_the_official_ones(case)
+
+
+@pytest.mark.parametrize("case", ["token", "gap", "pre-logits"])
+def test_logits_in_inference_are_the_official_ones(case: str) -> None:
+    expected = official(case)
+    with torch.inference_mode(), products() as seen:
+        logits = vitrail.load(GOLDEN / f"{case}.npz")(expected["image"])
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=0)
+    if torch.backends.mkldnn.is_available():
+        assert "mkldnn::_linear_pointwise" in seen
+        assert "aten::gelu" not in seen
+
+
+@contextmanager
+def products() -> Iterator[set[str]]:
+    """The names of the operators that run within."""
+    seen: set[str] = set()
+    with torch.profiler.profile() as profile:
+        yield seen
+    seen.update(event.key for event in profile.key_averages())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("gelu", get_args(Gelu))
+def test_what_computes_gelu_in_one_step_is_as_near_to_it_in_bf16(gelu: Gelu) -> None:
+    torch.manual_seed(1)
+    mlp, x = MLP(64, 256, dropout=0.0, gelu=gelu), torch.randn(5, 7, 64)
+    exact = mlp(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with products() as seen:
+            fused = mlp(x)
+        assert "mkldnn::_linear_pointwise" in seen
+    with torch.autocast("cpu", torch.bfloat16):
+        apart = mlp(x)
+    assert fused.dtype == apart.dtype == torch.bfloat16
+    assert (fused - exact).abs().max() < 1.2 * (apart - exact).abs().max()
+
+
+def test_what_hangs_on_a_layer_is_not_passed_by_in_inference() -> None:
+    mlp, x = MLP(8, 16, dropout=0.0, gelu="tanh"), torch.randn(2, 3, 8)
+    called = []
+    mlp.hidden.register_forward_hook(lambda module, inputs, output: called.append(output.shape))
+    with torch.no_grad():
+        mlp(x)
+        assert called == [(2, 3, 16)]
+        plain = MLP(8, 16, dropout=0.0, gelu="tanh")
+        plain.load_state_dict(mlp.state_dict())
+
+        class Doubled(torch.nn.Linear):  # as an adapter's layer would stand in the place of the model's
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return 2 * super().forward(x)
+
+        plain.hidden.__class__ = Doubled
+        hidden = torch.nn.functional.gelu(2 * mlp.hidden(x), approximate="tanh")
+        torch.testing.assert_close(plain(x), mlp.out(hidden))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -306,11 +306,8 @@ def rotate(pixels: Levels, angle: PerImage) -> Levels:
 
     As `operations.rotate`, which is Pillow's, but that the image fades into the black where it ends.
     """
-    radians = angle * (math.pi / 180)
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    # From an output position to where its colour is taken: the inverse rotation, y pointing down.
-    inverse = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    where = F.affine_grid(inverse, list(pixels.shape), align_corners=False)
+    side = pixels.shape[-1]
+    where = operations.positions(operations.turning(angle, side), side).mul_(2 / side).sub_(1)
     return F.grid_sample(pixels, where, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 

@@ -154,8 +154,10 @@ def gaussian_blur(pixels: Levels, sigma: PerImage) -> Levels:
 def positions(matrix: Float[Tensor, "B 2 3"], side: int) -> Float[Tensor, "B S S 2"]:
     """The position, x before y, that each output pixel's centre has in the input."""
     centre = torch.arange(side, device=matrix.device, dtype=matrix.dtype) + 0.5
-    by_column, by_row, shift = matrix[:, None, None].unbind(-1)  # (B, 1, 1, 2)
-    return by_column * centre[:, None] + by_row * centre[:, None, None] + shift
+    a, b, c, d, e, f = matrix.flatten(1)[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    down = centre[:, None]
+    # x and y apart, for a CPU is slow along a dimension of two: a quarter of the time.
+    return torch.stack([a * centre + (b * down + c), d * centre + (e * down + f)], -1)
 
 
 def sample(pixels: Levels, where: Float[Tensor, "B S S 2"]) -> Levels:

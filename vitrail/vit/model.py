@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.errors import BadInput, wrong_shape
 from vitrail.vit.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.vit.config import Gelu, ViTConfig
+from vitrail.vit.fused import linear_gelu
 from vitrail.vit.positions import Rotation, apply_rotary, resize_position_embedding, rotary_positions, sincos_positions
 from vitrail.vit.resnet import ResNet, lecun_normal_, out_channels
 
@@ -119,8 +120,7 @@ class Attention(nn.Module):
         if wanted is None:
             parts = self.qkv(x).chunk(3, dim=-1)
         else:
-            q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
-            q_bias, kv_bias = self.qkv.bias.split([width, 2 * width])
+            (q_weight, kv_weight), (q_bias, kv_bias) = (p.split([width, 2 * width]) for p in self.qkv.parameters())
             parts = F.linear(x[:, :wanted], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
@@ -145,7 +145,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        hidden = self.dropout(F.gelu(self.hidden(x), approximate=self.approximate))  # (B, T, F)
+        hidden = self.dropout(linear_gelu(x, self.hidden, self.approximate))  # (B, T, F)
         return self.dropout(self.out(hidden))
 
 
