@@ -94,7 +94,7 @@ def test_what_is_for_training_leaves_weights_and_evaluation_as_they_are(added: d
 def test_both_ways_to_attend_and_to_save_memory_agree(added: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(added)
     expected = step(model)
-    monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
+    monkeypatch.setattr("vitrail.vit.fused.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
     torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-5)
     for _ in range(2):  # fused, then plain
         with torch.autocast("cpu", torch.bfloat16):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitrail
 from vitrail.errors import BadInput
 from vitrail.vit.config import Gelu, ViTConfig
+from vitrail.vit.fused import attend
 from vitrail.vit.model import (
     MLP,
     Attention,
@@ -66,7 +67,7 @@ def test_logits_at_a_larger_image_size_are_the_official_ones(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["token", "gap", "pre-logits"])
 def test_both_ways_to_attend_give_the_official_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
+    monkeypatch.setattr("vitrail.vit.fused.PLAIN_ATTENTION_TOKENS", 0)  # torch's fused kernel, as on a GPU
     test_logits_are_the_official_ones(case)
 
 
@@ -131,7 +132,7 @@ def test_what_the_head_does_not_read_is_not_computed_and_changes_nothing(
     fused: bool, representation_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fused:
-        monkeypatch.setattr("vitrail.vit.model.PLAIN_ATTENTION_TOKENS", 0)
+        monkeypatch.setattr("vitrail.vit.fused.PLAIN_ATTENTION_TOKENS", 0)
     torch.manual_seed(4)
     model = VisionTransformer(replace(SMALL, num_layers=6, mlp_dim=128, representation_size=representation_size))
     torch.nn.init.normal_(model.head.weight)
@@ -385,3 +386,30 @@ def test_shapes_are_checked_where_they_are_written() -> None:
     assert isinstance(model, VisionTransformer)
     with pytest.raises(TypeCheckError):
         model.blocks[0](torch.zeros(1, 5, 192, 1))
+
+
+def test_attention_brings_its_own_gradient() -> None:
+    """Of `fused.attend`, against differences, and against the operators that it stands for."""
+    qkv = torch.randn(2, 5, 3 * 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attend(x, 2), (qkv,))
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    by_torch = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend(qkv, 2), by_torch, atol=1e-12, rtol=0)
+
+
+def test_gradients_of_single_images_by_torch_s_transforms() -> None:
+    """These know torch's own operators only, which is then what attention is made of."""
+    model = VisionTransformer(replace(SMALL, dropout=0.0))
+    torch.nn.init.normal_(model.head.weight)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    images = torch.randn(3, 3, 16, 16)
+
+    def score(weights: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(score), in_dims=(None, 0))(weights, images)
+    for n, image in enumerate(images):
+        model.zero_grad()
+        model(image[None]).square().sum().backward()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(found[name][n], weight.grad, atol=1e-4, rtol=1e-3)

@@ -19,7 +19,7 @@ from vitrail.input.batches import equal_parts
 from vitrail.progress import counted, say
 from vitrail.settings import Recipe
 from vitrail.vit.config import ViTConfig
-from vitrail.vit.model import PLAIN_ATTENTION_TOKENS
+from vitrail.vit.fused import PLAIN_ATTENTION_TOKENS
 from vitrail.vit.models import Config, build
 
 SPARED = 0.1  # of what is free: for other processes, and for what is counted here too low

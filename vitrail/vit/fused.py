@@ -1,26 +1,89 @@
-"""Two steps of the model as one where a CPU's library has them as one."""
+"""Steps of the model as a CPU computes them fastest: the same functions, in fewer passes over memory.
 
+Letters are model.py's.
+"""
+
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+
+from vitrail.progress import say
+
+# On a CPU torch's fused attention is slower than plain matrix products, which need memory for (T, T) matrices, up to
+# here: backward, and in bf16 forward too (docs/log.md).
+PLAIN_ATTENTION_TOKENS = 256
+# Activations from which it is worth a second or three, once, to have torch's compiler write a kernel for them.
+WORTH_A_KERNEL = 1 << 22
+# 2 u of GELU's approximation x σ(2 u), u = √(2 / π) (x + 0.044715 x³) (1606.08415, section 2): its coefficients.
+LINEAR, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+
+
+def multiplied_in(x: Float[Tensor, "*shape"]) -> torch.dtype:
+    """The type in which layers multiply what lies on a CPU: autocast's where it is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def attends_by_products(x: Float[Tensor, "B T D"]) -> bool:
+    """Whether attention among these tokens is faster by plain matrix products than by torch's fused kernel."""
+    slow = x.device.type == "cpu" and (torch.is_grad_enabled() or multiplied_in(x) == torch.bfloat16)
+    return slow and x.shape[1] <= PLAIN_ATTENTION_TOKENS
+
+
+def attend(qkv: Float[Tensor, "B T width"], num_heads: int) -> Float[Tensor, "B T D"]:
+    """What all tokens take from all, by plain matrix products: equations 6 to 8 before the last projection, from
+    queries, keys and values side by side (width 3 D). Its gradient has none of its own."""
+    heads: Tensor = SelfAttention.apply(qkv, num_heads)  # type: ignore[no-untyped-call]
+    return heads
+
+
+class SelfAttention(torch.autograd.Function):
+    """Queries, keys and values are brought into the layout of matrix products by one copy, and their gradients back by
+    one, where torch's operators, one by one, take a copy for each, and another to lay gradients side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:  # noqa: D102
+        batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        parts = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
+        q, k, v = parts.flatten(1, 2).contiguous()  # (B · H, T, K) each
+        q.mul_(q.shape[-1] ** -0.5)
+        weights = torch.softmax(q @ k.mT, dim=-1)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.heads = num_heads
+        return (weights @ v).unflatten(0, (batch, num_heads)).transpose(1, 2).reshape(batch, tokens, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        q, k, v, weights = ctx.saved_tensors
+        batch, width = gradient.shape[0], q.shape[-1]
+        gradient = gradient.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).reshape(q.shape)
+        scores = torch.ops.aten._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype)
+        parts = q.new_empty(3, *q.shape)
+        torch.bmm(scores, k, out=parts[0]).mul_(width**-0.5)
+        torch.bmm(scores.mT, q, out=parts[1])  # q has the factor already
+        torch.bmm(weights.mT, gradient, out=parts[2])
+        return parts.unflatten(1, (batch, ctx.heads)).permute(1, 3, 0, 2, 4).flatten(2), None
 
 
 def linear_gelu(x: Float[Tensor, "*tokens D"], linear: nn.Linear, approximate: str) -> Float[Tensor, "*tokens F"]:
     """GELU(linear(x)), `approximate` as `torch.nn.functional.gelu` has it.
 
     In inference on a CPU by oneDNN's product that applies GELU as it writes: torch's own reads and writes all of it
-    once more, and takes most of its time for tanh. With gradients by torch's two, for these need what is between.
+    once more, and takes most of its time for tanh. With gradients, which need what is between the two, see `gelu`.
     """
     # What hangs on the module or stands in its place is not to be passed by: hooks, adapters, quantisation.
     plain = type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = multiplied_in(x)
     if not plain or x.device.type != "cpu" or torch.is_grad_enabled() or not has_product_with_gelu(dtype):
-        return F.gelu(linear(x), approximate=approximate)
+        return gelu(linear(x), approximate)
     assert linear.bias is not None  # as everywhere in the model
     weight, bias = linear.weight.to(dtype), linear.bias.to(dtype)
     fused: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "gelu", [], approximate)
@@ -43,3 +106,59 @@ def operations(x: torch.Size, weight: torch.Size, *others: Any, **more: Any) -> 
 
 if torch.backends.mkldnn.is_available():
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(operations)
+
+
+def gelu(x: Float[Tensor, "*shape"], approximate: str) -> Float[Tensor, "*shape"]:
+    """GELU, `approximate` as `torch.nn.functional.gelu` has it: that itself, or, where it is the approximation, with
+    gradients, of many activations on a CPU, in a third of its time by a kernel that is compiled for it."""
+    asked = approximate == "tanh" and x.device.type == "cpu" and x.requires_grad and x.numel() >= WORTH_A_KERNEL
+    if asked and own_gradients() and (kernel := compiled_gelu(x.dtype)) is not None:
+        found: Tensor = ApproximateGelu.apply(x, kernel)  # type: ignore[no-untyped-call]
+        return found
+    return F.gelu(x, approximate=approximate)
+
+
+class ApproximateGelu(torch.autograd.Function):
+    """Its slope is worked out with its value, for both have the tanh, and kept instead of the activation: torch's own
+    computes that anew for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: D102
+        value, slope = kernel(x.reshape(-1))
+        ctx.save_for_backward(slope)
+        return value.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        (slope,) = ctx.saved_tensors
+        return gradient * slope.view(gradient.shape), None
+
+
+def gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU's approximation of each activation and its derivative there, both rounded once, to the type of `x`."""
+    wide = x.float()
+    share = torch.sigmoid(wide * (LINEAR + CUBIC * wide * wide))
+    value = wide * share
+    slope = share + value * (1 - share) * (LINEAR + 3 * CUBIC * wide * wide)
+    return value.to(x.dtype), slope.to(x.dtype)
+
+
+@functools.cache
+def compiled_gelu(dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """`gelu_and_slope` as one pass over memory; None, said once, where it cannot be compiled."""
+    kernel = torch.compile(gelu_and_slope, dynamic=True, fullgraph=True)
+    try:
+        kernel(torch.ones(1 << 22, dtype=dtype))  # many, for the compiler writes a loop for one thread for a few
+    except Exception as error:  # of many kinds: no C++ compiler, a folder that cannot be written, a Python too new
+        say(
+            f"training goes on a little slower, for torch could not compile a kernel here: {str(error).splitlines()[0]}"
+        )
+        return None
+    return kernel
+
+
+def own_gradients() -> bool:
+    """Whether functions that bring their own gradient may be used: torch.func's transforms and torch's compiler take
+    torch's own operators only."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

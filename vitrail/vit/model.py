@@ -25,14 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.errors import BadInput, wrong_shape
 from vitrail.vit.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.vit.config import Gelu, ViTConfig
-from vitrail.vit.fused import linear_gelu
+from vitrail.vit.fused import attend, attends_by_products, linear_gelu, own_gradients
 from vitrail.vit.positions import Rotation, apply_rotary, resize_position_embedding, rotary_positions, sincos_positions
 from vitrail.vit.resnet import ResNet, lecun_normal_, out_channels
 
 LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
-# On a CPU torch's fused attention is slower than plain matrix products, which need memory for (T, T) matrices, up to
-# here: backward, and in bf16 forward too (docs/log.md).
-PLAIN_ATTENTION_TOKENS = 256
 
 
 class Dropout(nn.Module):
@@ -99,12 +96,11 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
     ) -> Float[Tensor, "B wanted D"]:
         """What the first `wanted` tokens, or all, take from all; `rotation` is that of rotary positions."""
+        by_products = attends_by_products(x)
+        if by_products and wanted is None and rotation is None and self.q_norm is None and own_gradients():
+            return self.out(attend(self.qkv(x), self.num_heads))  # what follows, with fewer copies
         q, k, v = self.project(x, wanted, rotation)
-        slow = x.device.type == "cpu" and (torch.is_grad_enabled() or q.dtype == torch.bfloat16)
-        if slow and x.shape[1] <= PLAIN_ATTENTION_TOKENS:
-            heads = self.softmax(q, k) @ v
-        else:
-            heads = F.scaled_dot_product_attention(q, k, v)
+        heads = self.softmax(q, k) @ v if by_products else F.scaled_dot_product_attention(q, k, v)
         return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, wanted, K) → (B, wanted, D)
 
     def weights(self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None) -> Float[Tensor, "B H T T"]:
