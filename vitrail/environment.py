@@ -85,9 +85,12 @@ def commit() -> str | None:
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """The processor's name, with the numbers of its family and model, where there are such, for some names stand for
+    processors of several generations."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        first = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+        numbers = [f"{name.removeprefix('cpu ')} {first[name]}" for name in ("cpu family", "model") if name in first]
+        return first["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
