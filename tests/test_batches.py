@@ -66,6 +66,9 @@ def test_images_are_smaller_in_the_first_share_of_the_steps() -> None:
     recipe = replace(RECIPE, batch_size=12, patch_size=2, first_size=4, first_share=0.7)
     growing, full = batches_of(SQUARES, recipe), batches_of(SQUARES, replace(recipe, first_size=None))
     assert [growing.size(step) for step in range(growing.steps)] == [4, 4, 4, 4, 8]  # 0.7 of 5 steps are 3.5
+    for step in range(growing.steps + 1):
+        assert growing.pixels_left(step) == sum(12 * growing.size(later) ** 2 for later in range(step, growing.steps))
+        assert full.pixels_left(step) == 12 * 64 * (full.steps - step)
     small, large = next(growing.parts(0))[0], next(full.parts(0))[0]
     rows = torch.zeros(4, 10)
     for row in range(4):  # the triangle of an antialiased bilinear kernel, cut off at the edges

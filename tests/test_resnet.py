@@ -163,6 +163,7 @@ def test_shapes_that_cannot_be(shape: dict[str, Any], says: str) -> None:
         ("resnet-18", {"patch_size": 4}, "patch_size does nothing unless architecture is vit"),
         ("resnet-18", {"num_layers": 4}, "num_layers does nothing unless architecture is vit"),
         ("resnet-18", {"layer_scale": 0.1, "positions": "rotary"}, "set positions = learnt, layer_scale = none"),
+        ("vit-12", {"resnet_width": 32}, "resnet_width does nothing unless architecture is resnet-18"),
         ("vit-12", {"architecture": "resnet-18"}, "no dropout, initial_weights; leave it out, or set dropout = 0.0"),
         (
             "resnet-18",
@@ -246,6 +247,14 @@ def test_a_run_resumes_in_the_middle_of_an_epoch_to_the_same_bits(
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
 
 
+def test_a_narrower_one_is_trained_and_one_that_its_norms_do_not_divide_is_refused(photos: Path, tmp_path: Path) -> None:
+    narrow = json.loads((train(photos, tmp_path / "narrow", resnet_width=32) / "results.json").read_text())
+    assert narrow["parameters"] == sum(w.numel() for w in ResNetClassifier(ResNetConfig(8, 3, 32)).parameters())
+    with pytest.raises(BadInput, match="48 wide cannot be; its norms need a multiple of 32"):
+        train(photos, tmp_path / "odd", resnet_width=48)
+    assert not (tmp_path / "odd").exists()
+
+
 def test_a_run_is_loaded_evaluated_and_compared(run: Path, photos: Path, tmp_path: Path) -> None:
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["architecture"] == "ResNet"
@@ -269,6 +278,7 @@ def test_a_run_is_loaded_evaluated_and_compared(run: Path, photos: Path, tmp_pat
     _, differing = differences(load([run, Path(__file__).parent.parent / "results" / "digits-seed-0"]))
     assert differing["architecture"] == ["resnet-18", "vit"]
     assert differing["hidden_size"] == ["none", "64"]
+    assert differing["resnet_width"] == ["64", "none"]
 
 
 def test_what_is_of_transformers_alone_refuses_it(run: Path, tmp_path: Path) -> None:

@@ -22,12 +22,16 @@ _BASE_8: dict[str, Any] = {
 
 YOURS = ""  # data that has to be named
 
-# A plain ViT for small images and few epochs.
-_SMALL: dict[str, Any] = {
+# Small images and few epochs.
+_FEW: dict[str, Any] = {
     "data": YOURS, "image_size": 64, "flip": "random", "crop": 6,
-    "patch_size": 8, "hidden_size": 256, "mlp_dim": 1024, "num_heads": 4, "num_layers": 6, "classifier": "gap",
-    "zero_residual": True, "batch_size": 250, "optimizer": "muon", "lr": 2e-3, "muon_lr": 0.01, "weight_decay": 0.05,
+    "batch_size": 250, "optimizer": "muon", "lr": 2e-3, "muon_lr": 0.01, "weight_decay": 0.05,
     "label_smoothing": 0.1, "schedule": "linear", "cooldown": 0.7, "warmup": 0.05, "precision": "auto",
+}  # fmt: skip
+# A plain ViT for them.
+_SMALL: dict[str, Any] = _FEW | {
+    "patch_size": 8, "hidden_size": 256, "mlp_dim": 1024, "num_heads": 4, "num_layers": 6, "classifier": "gap",
+    "zero_residual": True,
 }  # fmt: skip
 # For processors. In little time, images seen count for more than the width of a model (docs/experiments.md): a narrow
 # one, and most of its steps on images of a quarter of the patches.
@@ -70,6 +74,11 @@ RECIPES: dict[str, Recipe] = {
     # (results/coffee-tanh-seed-0).
     "laptop": Recipe(**_HOUR, epochs=25, stochastic_depth=0.1),
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384, "num_heads": 2}, epochs=6),
+    # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer.
+    "coffee-cnn": Recipe(
+        **_FEW | {"data": "tiny-imagenet"}, architecture="resnet-18", resnet_width=32, first_size=32, first_share=0.8,
+        epochs=1,
+    ),
     # For seconds and minutes of an H100. Not measured: none was at hand. Both of tiny-imagenet go on from `vitrail
     # pretrain` by the same recipe (bench/h100.sh does both), of as many epochs, which see a quarter of the patches. At
     # 22.9% of its peak, the best share that has been published for such a model (docs/scale.md), an epoch of each takes

@@ -18,7 +18,7 @@ def setting(default: Any, help: str) -> Any:
 
 # What numbers may be: settings, what fits, and the words for it. A NaN fits nowhere.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("image_size patch_size hidden_size mlp_dim num_heads num_layers epochs batch_size accumulate repeats "
+    ("image_size patch_size hidden_size mlp_dim num_heads num_layers resnet_width epochs batch_size accumulate repeats "
      "decoder_layers decoder_hidden_size", lambda value: value >= 1, "be at least 1"),
     ("lr muon_lr weight_decay warmup crop mixup cutmix", lambda value: value >= 0, "not be negative"),
     ("rotate", lambda value: 0 <= value <= 180, "be from 0 to 180 degrees"),
@@ -46,6 +46,7 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("mask_ratio", lambda recipe: recipe.self_supervised, "objective is patches or pixels"),
     ("decoder_layers", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
     ("decoder_hidden_size", lambda recipe: recipe.objective == "pixels", "objective is pixels"),
+    ("resnet_width", lambda recipe: recipe.architecture != "vit", "architecture is resnet-18"),
     *((name, lambda recipe: recipe.architecture == "vit", "architecture is vit") for name in SIZES),
 )
 
@@ -112,6 +113,7 @@ class Recipe:
     num_layers: int = setting(6, "encoder blocks")
     classifier: Classifier = setting("token", "the head reads the class token, or the mean of all patches")
     representation_size: int | None = setting(None, "width of a tanh layer before the head (none: a linear head)")
+    resnet_width: int = setting(64, "of resnet-18: channels of its first stage, a multiple of 32; the last has 8 times")
     dropout: float = setting(0.0, "share of activations dropped")
     gelu: Gelu = setting("tanh", "the official code's approximation, or exact: on a CPU, faster")
     # What later papers add: 2205.01580 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),

@@ -76,7 +76,7 @@ def do_recipes(args: argparse.Namespace) -> str:
         shape = f"{recipe.num_layers} × {recipe.hidden_size}, MLP {recipe.mlp_dim}, {recipe.num_heads} heads"
         pixels = f"{recipe.image_size} / {recipe.patch_size}"
         if recipe.architecture != "vit" or name == FINE_TUNE:
-            shape = "as the weights have it" if name == FINE_TUNE else recipe.architecture
+            shape = "as the weights have it" if name == FINE_TUNE else f"{recipe.architecture}, {recipe.resnet_width} wide"
             pixels = f"{recipe.image_size}"
         rows.append((name, recipe.data or "(yours)", pixels, shape, f"{recipe.epochs}", ", ".join(departures(recipe))))
     columns = ("recipe", "data", ">image / patch", "layers × width", ">epochs", "other than the defaults")
@@ -86,7 +86,7 @@ def do_recipes(args: argparse.Namespace) -> str:
 def departures(recipe: Recipe) -> list[str]:
     """The settings of a recipe, other than those with a column of their own, that are not the defaults."""
     columns = {"data", "image_size", "architecture", "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers",
-               "epochs"}  # fmt: skip
+               "resnet_width", "epochs"}  # fmt: skip
     default = Recipe()
     changed = [f.name for f in dataclasses.fields(Recipe) if getattr(recipe, f.name) != getattr(default, f.name)]
     values = {name: getattr(recipe, name) for name in changed if name not in columns}

@@ -4,6 +4,7 @@ to go on in the middle of an epoch, and nothing depends on how a batch is divide
     B batch    S side of the image, in pixels
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,10 +183,20 @@ class TrainingBatches:
     def size(self, step: int) -> int:
         """Side of the images that the model sees in a step: the recipe's `first_size`, where it has one, in the first
         share of the whole run (2104.00298, section 4), then that of the images."""
-        recipe = self.recipe
-        if recipe.first_size is not None and step < recipe.first_share * self.steps:
-            return recipe.first_size
-        return self.pixels.size
+        first = self.recipe.first_size
+        return first if first is not None and step < self.small_steps else self.pixels.size
+
+    @property
+    def small_steps(self) -> int:
+        """How many steps, the first, `first_size` is for."""
+        return math.ceil(self.recipe.first_share * self.steps) if self.recipe.first_size is not None else 0
+
+    def pixels_left(self, step: int) -> int:
+        """Pixels of all images that the model sees from a step on."""
+        small = max(0, self.small_steps - step)
+        large = self.steps - max(step, self.small_steps)
+        first = self.recipe.first_size or 0
+        return self.recipe.batch_size * (small * first**2 + large * self.pixels.size**2)
 
     def rows(self) -> list[slice]:
         """The rows of each batch that this process works through, in `divided_by` equal parts."""

@@ -109,7 +109,7 @@ class Entry:
         if (recipe := self.record.recipe) is None:
             return {}
         begun = {"from": self.record.settings.get("from", {}).get("value")}
-        return begun | asdict(recipe) | (dict.fromkeys(SIZES) if recipe.architecture != "vit" else {})
+        return begun | asdict(recipe) | dict.fromkeys(SIZES if recipe.architecture != "vit" else ("resnet_width",))
 
     @property
     def judged(self) -> Judged | None:

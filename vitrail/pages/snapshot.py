@@ -169,7 +169,7 @@ def facts(canvas: Canvas, record: Record) -> None:
         shape = f"{recipe.num_layers} layers, width {recipe.hidden_size}, {recipe.num_heads} heads"
         cut = f" in patches of {recipe.patch_size}"
     elif recipe:
-        shape = recipe.architecture
+        shape = f"{recipe.architecture}, {recipe.resnet_width} channels at first"
     lines = [
         ("model", shape), ("", f"{number(results['parameters'])} parameters"),
         ("images", f"{recipe.image_size if recipe else ''} px{cut}"),

@@ -99,10 +99,11 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds to the end of the run, at the rate of the latest steps and of the last evaluation."""
-        progress, recipe = self.progress, self.recipe
-        images = (self.batches.steps - progress.step) * recipe.batch_size
-        evaluations = recipe.epochs * (1 - progress.step / self.batches.steps)
+        """Seconds to the end of the run, at the rate of the latest steps and of the last evaluation. Larger images, where
+        they are still to come, are taken to last as much longer as they have pixels more."""
+        progress, recipe, batches = self.progress, self.recipe, self.batches
+        images = batches.pixels_left(progress.step) / batches.size(max(0, progress.step - 1)) ** 2
+        evaluations = recipe.epochs * (1 - progress.step / batches.steps)
         return images / self.images_per_second + evaluations * self.evaluation_seconds
 
     def announce(self) -> None:

@@ -264,6 +264,6 @@ def to_train(model: Model, recipe: Recipe) -> Trainee:
 def model_config(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Config:
     """The shape of the model that a recipe trains; what that has no setting for is as `base` has it."""
     if recipe.architecture != "vit":
-        return ResNetConfig(recipe.image_size, num_classes)
+        return ResNetConfig(recipe.image_size, num_classes, recipe.resnet_width)
     shared = {setting.name for setting in fields(ViTConfig)} & vars(recipe).keys()
     return replace(base, num_classes=num_classes, **{name: getattr(recipe, name) for name in shared})
