@@ -478,7 +478,7 @@ def test_peers_are_the_same_model(name: str, config: ViTConfig) -> None:
 @needs_peers
 def test_outputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("tiny", replace(TINY, hidden_size=64, mlp_dim=256), 4)
-    found = peers.same_outputs(case.config, CPU)
+    found = peers.same_outputs(case.config, CPU, case.batch)
     assert found["logits"] < 1e-5
     assert found["gradients"] < 1e-4
     bench.check_outputs(case, CPU)

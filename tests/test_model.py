@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
 from vitrail.errors import BadInput
+from vitrail.vit import fused
 from vitrail.vit.config import Gelu, ViTConfig
 from vitrail.vit.fused import attend
 from vitrail.vit.model import (
@@ -395,6 +396,44 @@ def test_attention_brings_its_own_gradient() -> None:
     q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     by_torch = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attend(qkv, 2), by_torch, atol=1e-12, rtol=0)
+    for shape in [(1, 1, 24), (0, 5, 24), (3, 1, 24)]:  # of one token there is nothing to bring into another layout
+        small = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        before = small.detach().clone()
+        assert (
+            torch.autograd.gradcheck(lambda x: attend(x, 2), (small,)) if shape[0] else attend(small, 2).shape[0] == 0
+        )
+        assert torch.equal(small, before)
+
+
+def test_attention_in_bf16_has_gradients_as_near_as_torch_s_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = Attention(64, 2)
+    x, errors = torch.randn(3, 17, 64), {}
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            attention(x).float().square().sum().backward()
+        found = attention.qkv.weight.grad
+        assert found is not None
+        return found.clone()
+
+    exact = gradient(torch.float32)
+    for custom in (True, False):
+        monkeypatch.setattr(fused, "CUSTOM_GRADIENTS", custom)
+        errors[custom] = float((gradient(torch.bfloat16) - exact).norm() / exact.norm())
+    assert errors[True] < 1.2 * errors[False] < 0.03
+
+
+def test_second_derivatives_are_to_be_had_by_torch_s_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VisionTransformer(replace(SMALL, dropout=0.0))
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(1, 3, 16, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"fused\.CUSTOM_GRADIENTS = False"):
+        torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    monkeypatch.setattr(fused, "CUSTOM_GRADIENTS", False)
+    (gradient,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), images)
+    assert second.any()
 
 
 def test_gradients_of_single_images_by_torch_s_transforms() -> None:

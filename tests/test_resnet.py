@@ -247,7 +247,9 @@ def test_a_run_resumes_in_the_middle_of_an_epoch_to_the_same_bits(
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
 
 
-def test_a_narrower_one_is_trained_and_one_that_its_norms_do_not_divide_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_a_narrower_one_is_trained_and_one_that_its_norms_do_not_divide_is_refused(
+    photos: Path, tmp_path: Path
+) -> None:
     narrow = json.loads((train(photos, tmp_path / "narrow", resnet_width=32) / "results.json").read_text())
     assert narrow["parameters"] == sum(w.numel() for w in ResNetClassifier(ResNetConfig(8, 3, 32)).parameters())
     with pytest.raises(BadInput, match="48 wide cannot be; its norms need a multiple of 32"):

@@ -35,6 +35,7 @@ def describe(device: torch.device, world: World = ALONE) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": world.size,
         "job": job(),
+        "compiler": compiler(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
@@ -82,6 +83,12 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(folder)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch would find to write kernels for a processor with; None if there is none."""
+    names = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    return next((name for name in names if shutil.which(name)), None)
 
 
 def cpu() -> str:

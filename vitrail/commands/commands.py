@@ -76,7 +76,9 @@ def do_recipes(args: argparse.Namespace) -> str:
         shape = f"{recipe.num_layers} × {recipe.hidden_size}, MLP {recipe.mlp_dim}, {recipe.num_heads} heads"
         pixels = f"{recipe.image_size} / {recipe.patch_size}"
         if recipe.architecture != "vit" or name == FINE_TUNE:
-            shape = "as the weights have it" if name == FINE_TUNE else f"{recipe.architecture}, {recipe.resnet_width} wide"
+            shape = (
+                "as the weights have it" if name == FINE_TUNE else f"{recipe.architecture}, {recipe.resnet_width} wide"
+            )
             pixels = f"{recipe.image_size}"
         rows.append((name, recipe.data or "(yours)", pixels, shape, f"{recipe.epochs}", ", ".join(departures(recipe))))
     columns = ("recipe", "data", ">image / patch", "layers × width", ">epochs", "other than the defaults")
@@ -119,7 +121,7 @@ def do_bench(args: argparse.Namespace) -> str:
     from vitrail.evaluation.evaluate import pick_device
     from vitrail.progress import counted
     from vitrail.speed.bench import measure
-    from vitrail.speed.rounds import Setting, cases
+    from vitrail.speed.rounds import COMPILED, Setting, cases
     from vitrail.speed.speedpage import COLUMNS, add_record, check_page, notes, table_rows, write_page
     from vitrail.vit.floor import precisions
 
@@ -132,7 +134,10 @@ def do_bench(args: argparse.Namespace) -> str:
         check_page(args.output, describe(device))  # now, not when it has been measured
     sessions, tasks = [], list(dict.fromkeys(args.tasks)) or list(BENCH_TASKS)
     for precision in [args.precision] if args.precision else precisions(device):
-        setting = Setting(device, precision, args.rounds, args.seconds, cases(device, args.toy), args.data)
+        again = () if args.toy else COMPILED
+        setting = Setting(
+            device, precision, args.rounds, args.seconds, cases(device, args.toy), args.data, compiled=again
+        )
         found = None
         for found in measure(tasks, setting):  # what there is so far, after each task
             if args.output is not None:

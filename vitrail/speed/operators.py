@@ -27,6 +27,7 @@ KINDS = {
 }
 OTHER = "other operators"
 COMPILED = "compiled kernels"
+GELU_KERNEL = "GELU and its derivative, compiled"  # fused.py; what is compiled of a model that is not
 OUTSIDE = "outside of operators"  # Python, autograd, and on a GPU the waiting between kernels
 
 
@@ -65,8 +66,8 @@ def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]
         # to none.
         if event.key.startswith("aten::"):
             seconds[kind(event.key.removeprefix("aten::"))] += took
-        elif event.key.startswith("triton_"):
-            seconds[COMPILED] += took
+        elif event.key.startswith(("triton_", "## Call CompiledFxGraph")):
+            seconds[COMPILED if device.type == "cuda" else GELU_KERNEL] += took
     seconds[OUTSIDE] = max(0.0, whole - sum(seconds.values()))
     return {name: 100 * took / whole for name, took in sorted(seconds.items(), key=lambda item: -item[1])}
 

@@ -177,15 +177,16 @@ def share_weights(model: VisionTransformer, peer: nn.Module) -> None:
     peer.load_state_dict({names[name]: weight for name, weight in model.state_dict().items()})
 
 
-def same_outputs(config: ViTConfig, device: torch.device) -> dict[str, float]:
+def same_outputs(config: ViTConfig, device: torch.device, batch: int) -> dict[str, float]:
     """The largest differences between Vitrail's model and timm's, of the same random weights and images, in float32:
     of the `logits` of inference and of training, which may take different ways, and of the `gradients`, as a share of
-    the largest of each weight's. A head of zeros, as a new model has it, would hide any."""
+    the largest of each weight's. A head of zeros, as a new model has it, would hide any. The `batch` is to be the one
+    that is timed, for how many there are decides by which way."""
     model, peer = VisionTransformer(config), build_timm(config)
     nn.init.normal_(model.head.weight, std=config.hidden_size**-0.5)
     share_weights(model, peer)
-    images = torch.rand(2, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    labels = torch.arange(2, device=device) % config.num_classes
+    images = torch.rand(batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    labels = torch.arange(batch, device=device) % config.num_classes
     outputs, gradients = [], []
     for each in (model, peer):
         each.to(device)

@@ -32,7 +32,7 @@ SMALLEST = ViTConfig(
     image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=1, num_classes=2
 )  # fmt: skip
 OURS = "vitrail"
-COMPILED = (OURS, "timm")  # on CUDA as they are, and as torch compiles them
+COMPILED = (OURS, "timm", "vit-pytorch")  # as they are, and as torch compiles them
 FLOOR = "floor (matrix products alone)"
 INFERENCE_BATCHES = (1, 64)
 # Small enough that hundreds of steps on the same images learn nothing: gradients keep the size of a first step's.
@@ -97,6 +97,7 @@ class Setting:
         cases: the models.
         data: a folder that has train/CLASS/* of images of 64 × 64 pixels; None makes such images.
         contenders: by name, what makes a model of a shape.
+        compiled: which of them are there a second time, as torch compiles them; COMPILED, where time allows.
     """
 
     device: torch.device
@@ -108,6 +109,7 @@ class Setting:
     contenders: Mapping[str, Callable[[ViTConfig], nn.Module]] = field(
         default_factory=lambda: {OURS: VisionTransformer, **PEERS}
     )
+    compiled: tuple[str, ...] = ()
 
 
 def interleaved(
@@ -163,7 +165,7 @@ def pace(work: Callable[[], int], seconds: float, least: int, synchronise: Calla
 
 
 def training(setting: Setting) -> list[Row]:
-    """Whole training steps on a batch that is there: logits, loss, gradients, AdamW. On CUDA also compiled models."""
+    """Whole training steps on a batch that is there: logits, loss, gradients, AdamW."""
     return [row for case in setting.cases for row in train_in_turn(case, setting)]
 
 
@@ -222,13 +224,12 @@ def inference_unit(model: nn.Module, config: ViTConfig, batch: int, setting: Set
 
 
 def build(config: ViTConfig, setting: Setting) -> dict[str, nn.Module]:
-    """Every contender's model, on the device; on CUDA also Vitrail's and timm's as torch compiles them."""
+    """Every contender's model, on the device; those of `COMPILED` also as torch compiles them."""
     models = {name: prepared(make, config, setting.device) for name, make in setting.contenders.items()}
-    if setting.device.type == "cuda":
-        torch.compiler.reset()  # or what was compiled for another model counts towards the limit of recompilations
-        for name in COMPILED:
-            models[f"{name}, compiled"] = prepared(setting.contenders[name], config, setting.device)
-            models[f"{name}, compiled"].compile(dynamic=False)
+    torch.compiler.reset()  # or what was compiled for another model counts towards the limit of recompilations
+    for name in setting.compiled:
+        models[f"{name}, compiled"] = prepared(setting.contenders[name], config, setting.device)
+        models[f"{name}, compiled"].compile(dynamic=False)
     return models
 
 

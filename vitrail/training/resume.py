@@ -206,7 +206,7 @@ def check_images(run: Run, then: Progress, now: str) -> None:
 
 def compare_launches(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Say what has changed since a run's last stretch, if it may change the last bits of sums."""
-    for what in ("cpu", "gpu", "threads", "processes", "torch", "vitrail"):
+    for what in ("cpu", "gpu", "threads", "processes", "torch", "vitrail", "compiler"):
         if before.get(what, now.get(what)) != now.get(what):  # what older versions did not note is no change
             say(
                 f"{what} is {now.get(what)}, and was {before.get(what)}: "

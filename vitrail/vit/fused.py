@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.progress import say
@@ -20,8 +19,11 @@ from vitrail.progress import say
 # On a CPU torch's fused attention is slower than plain matrix products, which need memory for (T, T) matrices, up to
 # here: backward, and in bf16 forward too (docs/log.md).
 PLAIN_ATTENTION_TOKENS = 256
-# Activations from which it is worth a second or three, once, to have torch's compiler write a kernel for them.
+# Activations from which it is worth some seconds, once, to have torch's compiler write a kernel for them (docs/log.md).
 WORTH_A_KERNEL = 1 << 22
+# False has torch's own operators compute everything: slower, and second derivatives, batches of gradients and forward
+# mode are to be had.
+CUSTOM_GRADIENTS = True
 # 2 u of GELU's approximation x σ(2 u), u = √(2 / π) (x + 0.044715 x³) (1606.08415, section 2): its coefficients.
 LINEAR, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 
@@ -39,7 +41,11 @@ def attends_by_products(x: Float[Tensor, "B T D"]) -> bool:
 
 def attend(qkv: Float[Tensor, "B T width"], num_heads: int) -> Float[Tensor, "B T D"]:
     """What all tokens take from all, by plain matrix products: equations 6 to 8 before the last projection, from
-    queries, keys and values side by side (width 3 D). Its gradient has none of its own."""
+    queries, keys and values side by side (width 3 D). Where `gradients_may_be_custom`, for its gradient is.
+
+    Raises:
+        RuntimeError: a second derivative is asked for.
+    """
     heads: Tensor = SelfAttention.apply(qkv, num_heads)  # type: ignore[no-untyped-call]
     return heads
 
@@ -51,26 +57,27 @@ class SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:  # noqa: D102
         batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        parts = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
-        q, k, v = parts.flatten(1, 2).contiguous()  # (B · H, T, K) each
+        apart = qkv.new_empty(3, batch, num_heads, tokens, width // num_heads)
+        apart.copy_(qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4))
+        q, k, v = apart.flatten(1, 2)  # (B · H, T, K) each
         q.mul_(q.shape[-1] ** -0.5)
         weights = torch.softmax(q @ k.mT, dim=-1)
         ctx.save_for_backward(q, k, v, weights)
-        ctx.heads = num_heads
         return (weights @ v).unflatten(0, (batch, num_heads)).transpose(1, 2).reshape(batch, tokens, width)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        first_derivatives_only()
         q, k, v, weights = ctx.saved_tensors
-        batch, width = gradient.shape[0], q.shape[-1]
-        gradient = gradient.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).reshape(q.shape)
-        scores = torch.ops.aten._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype)
-        parts = q.new_empty(3, *q.shape)
-        torch.bmm(scores, k, out=parts[0]).mul_(width**-0.5)
-        torch.bmm(scores.mT, q, out=parts[1])  # q has the factor already
-        torch.bmm(weights.mT, gradient, out=parts[2])
-        return parts.unflatten(1, (batch, ctx.heads)).permute(1, 3, 0, 2, 4).flatten(2), None
+        batch, heads, head_width = gradient.shape[0], gradient.shape[2] // q.shape[-1], q.shape[-1]
+        with torch.autocast("cpu", enabled=False):  # all are of one type already
+            gradient = gradient.unflatten(-1, (heads, -1)).transpose(1, 2).reshape(q.shape)
+            scores = torch.ops.aten._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype)
+            apart = q.new_empty(3, *q.shape)
+            torch.bmm(scores, k, out=apart[0]).mul_(head_width**-0.5)
+            torch.bmm(scores.mT, q, out=apart[1])  # q has the factor already
+            torch.bmm(weights.mT, gradient, out=apart[2])
+        return apart.unflatten(1, (batch, heads)).permute(1, 3, 0, 2, 4).flatten(2), None
 
 
 def linear_gelu(x: Float[Tensor, "*tokens D"], linear: nn.Linear, approximate: str) -> Float[Tensor, "*tokens F"]:
@@ -80,7 +87,8 @@ def linear_gelu(x: Float[Tensor, "*tokens D"], linear: nn.Linear, approximate: s
     once more, and takes most of its time for tanh. With gradients, which need what is between the two, see `gelu`.
     """
     # What hangs on the module or stands in its place is not to be passed by: hooks, adapters, quantisation.
-    plain = type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+    plain = type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
+    plain = plain and not linear._forward_hooks and not linear._forward_pre_hooks
     dtype = multiplied_in(x)
     if not plain or x.device.type != "cpu" or torch.is_grad_enabled() or not has_product_with_gelu(dtype):
         return gelu(linear(x), approximate)
@@ -110,55 +118,81 @@ if torch.backends.mkldnn.is_available():
 
 def gelu(x: Float[Tensor, "*shape"], approximate: str) -> Float[Tensor, "*shape"]:
     """GELU, `approximate` as `torch.nn.functional.gelu` has it: that itself, or, where it is the approximation, with
-    gradients, of many activations on a CPU, in a third of its time by a kernel that is compiled for it."""
+    gradients, of many activations on a CPU, by a kernel that is compiled for it."""
     asked = approximate == "tanh" and x.device.type == "cpu" and x.requires_grad and x.numel() >= WORTH_A_KERNEL
-    if asked and own_gradients() and (kernel := compiled_gelu(x.dtype)) is not None:
-        found: Tensor = ApproximateGelu.apply(x, kernel)  # type: ignore[no-untyped-call]
-        return found
+    if asked and x.dtype in (torch.float32, torch.bfloat16) and gradients_may_be_custom():
+        kernel = compiled_gelu(x.dtype)
+        if kernel is not None:
+            found: Tensor = TanhGelu.apply(x, kernel)  # type: ignore[no-untyped-call]
+            return found
     return F.gelu(x, approximate=approximate)
 
 
-class ApproximateGelu(torch.autograd.Function):
-    """Its slope is worked out with its value, for both have the tanh, and kept instead of the activation: torch's own
-    computes that anew for the gradient."""
+class TanhGelu(torch.autograd.Function):
+    """Its derivative is worked out with its value, for both have the tanh, and kept instead of the activation: torch's
+    own computes that anew for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: D102
-        value, slope = kernel(x.reshape(-1))
-        ctx.save_for_backward(slope)
+        value, derivative = kernel(x.reshape(-1))
+        ctx.save_for_backward(derivative)
         return value.view(x.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        (slope,) = ctx.saved_tensors
-        return gradient * slope.view(gradient.shape), None
+        first_derivatives_only()
+        (derivative,) = ctx.saved_tensors
+        return gradient * derivative.view(gradient.shape), None
 
 
-def gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU's approximation of each activation and its derivative there, both rounded once, to the type of `x`."""
+def gelu_and_derivative(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU's approximation of each activation and its derivative there, computed in float32 and rounded once."""
     wide = x.float()
     share = torch.sigmoid(wide * (LINEAR + CUBIC * wide * wide))
     value = wide * share
-    slope = share + value * (1 - share) * (LINEAR + 3 * CUBIC * wide * wide)
-    return value.to(x.dtype), slope.to(x.dtype)
+    derivative = share + value * (1 - share) * (LINEAR + 3 * CUBIC * wide * wide)
+    return value.to(x.dtype), derivative.to(x.dtype)
 
 
 @functools.cache
 def compiled_gelu(dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """`gelu_and_slope` as one pass over memory; None, said once, where it cannot be compiled."""
-    kernel = torch.compile(gelu_and_slope, dynamic=True, fullgraph=True)
-    try:
-        kernel(torch.ones(1 << 22, dtype=dtype))  # many, for the compiler writes a loop for one thread for a few
-    except Exception as error:  # of many kinds: no C++ compiler, a folder that cannot be written, a Python too new
-        say(
-            f"training goes on a little slower, for torch could not compile a kernel here: {str(error).splitlines()[0]}"
+    """`gelu_and_derivative` as one pass over memory; None, said once, where it cannot be compiled."""
+    # Many, for the compiler writes a loop for one thread for a few; without gradients, as `TanhGelu` calls it.
+    activations = torch.ones(1 << 22, dtype=dtype)
+    for last in (False, True):  # twice: Ctrl-C, which lets a run end its step, ends the C++ compiler at once
+        try:
+            kernel = torch.compile(gelu_and_derivative, dynamic=True, fullgraph=True)
+            with torch.no_grad():
+                kernel(activations)
+        except Exception as error:  # of many kinds: no C++ compiler, a folder that cannot be written, a Python too new
+            if last:
+                why = next(iter(str(error).splitlines()), type(error).__name__)
+                say(f"GELU takes twice its time, for torch could not compile a kernel for it here: {why}")
+        else:
+            return kernel
+    return None
+
+
+def gradients_may_be_custom() -> bool:
+    """Whether functions that bring their own gradient may be used: they are for first derivatives in reverse, and what
+    looks through functions, torch's compiler, its transforms and its modes, knows torch's own operators only."""
+    looked_through = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+    return CUSTOM_GRADIENTS and not looked_through
+
+
+def first_derivatives_only() -> None:
+    """Stop a backward pass that is to be differentiated itself, or that is of many gradients at once.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "on a CPU, attention and GELU have first derivatives only, one at a time. Set "
+            "vitrail.vit.fused.CUSTOM_GRADIENTS = False before the forward pass for others."
         )
-        return None
-    return kernel
-
-
-def own_gradients() -> bool:
-    """Whether functions that bring their own gradient may be used: torch.func's transforms and torch's compiler take
-    torch's own operators only."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.errors import BadInput, wrong_shape
 from vitrail.vit.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.vit.config import Gelu, ViTConfig
-from vitrail.vit.fused import attend, attends_by_products, linear_gelu, own_gradients
+from vitrail.vit.fused import attend, attends_by_products, gradients_may_be_custom, linear_gelu
 from vitrail.vit.positions import Rotation, apply_rotary, resize_position_embedding, rotary_positions, sincos_positions
 from vitrail.vit.resnet import ResNet, lecun_normal_, out_channels
 
@@ -96,8 +96,8 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
     ) -> Float[Tensor, "B wanted D"]:
         """What the first `wanted` tokens, or all, take from all; `rotation` is that of rotary positions."""
-        by_products = attends_by_products(x)
-        if by_products and wanted is None and rotation is None and self.q_norm is None and own_gradients():
+        by_products, as_projected = attends_by_products(x), wanted is None and rotation is None and self.q_norm is None
+        if by_products and as_projected and gradients_may_be_custom():
             return self.out(attend(self.qkv(x), self.num_heads))  # what follows, with fewer copies
         q, k, v = self.project(x, wanted, rotation)
         heads = self.softmax(q, k) @ v if by_products else F.scaled_dot_product_attention(q, k, v)
