@@ -99,7 +99,7 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds to the end of the run, at the latest steps' rate of pixels, as images may grow, and the last evaluation's."""
+        """Seconds to the end of the run, at the rate of the latest steps (of pixels: they may grow) and evaluation."""
         progress, recipe, batches = self.progress, self.recipe, self.batches
         images = batches.pixels_left(progress.step) / batches.size(max(0, progress.step - 1)) ** 2
         evaluations = recipe.epochs * (1 - progress.step / batches.steps)
