@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,8 @@ from vitrail.errors import BadInput
 from vitrail.speed.peers import declare_operators
 from vitrail.vit.config import HALF, ViTConfig
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.exchange import Library
+from vitrail.weights.exchange import Library, compare_theirs
+from vitrail.weights.formats import HEAD
 from vitrail.weights.load import build, read
 
 
@@ -63,6 +64,18 @@ def test_their_classes_give_our_logits(library: Library, config: ViTConfig, gelu
     expected = build(model, tmp_path)(images(config))
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_exports_compare_what_a_head_of_zeros_would_hide(library: Library, tmp_path: Path) -> None:
+    peer(library)
+    random = imported(SMALL)
+    head = {name: torch.zeros_like(random.tensors[name]) for name in HEAD}
+    model = replace(random, tensors=random.tensors | head)
+    other = replace(model, tensors={name: weight * 1.5 for name, weight in model.tensors.items()})
+    folder = written(tmp_path / "folder", library, model)
+    assert cast(float, compare_theirs(build(model, folder), library, folder)) <= 1e-5
+    assert cast(float, compare_theirs(build(other, folder), library, folder)) > 0.01
 
 
 @torch.no_grad()
