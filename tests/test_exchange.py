@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folders import SMALL, change, imported
+from folders import SMALL, change, change_weights, imported, written
 from PIL import Image
+from safetensors.torch import load_file
 
 import vitrail
 from vitrail.cli import main
@@ -34,15 +35,20 @@ from vitrail.settings import Recipe
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.variants import VARIANTS
-from vitrail.weights import exchange
+from vitrail.weights import exchange, timm_hybrid
 from vitrail.weights.card import model_card
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.exchange import export_model, import_run
+from vitrail.weights.exchange import Library, export_model, import_run
+from vitrail.weights.load import read
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = ViTConfig(image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=1, num_classes=10)
 DIGITS = tuple("0123456789")
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+# What timm calls them, in the order of the variants.
+HYBRIDS = dict(
+    zip((name for name, config in VARIANTS.items() if config.resnet_blocks is not None), timm_hybrid.KNOWN, strict=True)
+)
 
 
 def typed(*words: object) -> str:
@@ -385,6 +391,82 @@ def test_export_that_fails_leaves_nothing(
             patched.setattr(exchange, name, lambda *_, found=found: found)
             export_model(trained, "timm", tmp_path / "far" / "away" / "new")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_class_names_that_no_file_can_say_in_utf8_come_back(library: Library, tmp_path: Path) -> None:
+    names = ("\ud800", "dög", "\U0001f431")  # the first is half a character, as JSON may have it
+    model = replace(imported(replace(SHAPE, num_classes=3)), classes=names)
+    typed("import", written(tmp_path / "theirs", library, model), "--output", tmp_path / "run")
+    typed("export", tmp_path / "run", "--to", library, "--output", tmp_path / "folder")
+    assert read(tmp_path / "folder").classes == names
+    assert r"`\ud800`, `dög`" in (tmp_path / "folder" / "README.md").read_text("utf-8")
+
+
+# Hybrids in timm, whose ResNet has other epsilons
+
+
+@pytest.mark.parametrize(("variant", "architecture"), HYBRIDS.items())
+def test_hybrids_come_back_from_timm(variant: str, architecture: str, tmp_path: Path) -> None:
+    shape = VARIANTS[variant]
+    shape = replace(shape, image_size=2 * shape.cell, num_layers=1, mlp_dim=32, num_classes=10)
+    model = saved(tmp_path / "hybrid", shape)
+    typed("export", tmp_path / "hybrid", "--to", "timm", "--output", tmp_path / "folder")
+    said = json.loads((tmp_path / "folder" / "config.json").read_text("utf-8"))
+    assert said["architecture"] == architecture
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    assert f"{said['pretrained_cfg']['first_conv']}.weight" in weights
+    back = vitrail.load(tmp_path / "folder")
+    assert back.config == shape
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_hybrid_that_would_have_other_logits_in_timm_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved(tmp_path / "hybrid", replace(SHAPE, image_size=64, resnet_blocks=()))
+    assert model.resnet is not None
+    with torch.no_grad():
+        model.resnet.root.weight[::2] *= 1e-5
+    Run.open(tmp_path / "hybrid").save_model(model, DIGITS)
+    before = sorted(tmp_path.rglob("*"))
+    says = refused(capsys, "export", tmp_path / "hybrid", "--to", "timm", "--output", tmp_path / "folder")
+    assert "timm would give other logits for this hybrid, by " in says
+    assert "adds 1e-05 to the standard deviation" in says
+    assert "timm adds 1e-08 to the variance" in says
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_hybrid_that_is_not_its_architecture_is_refused(tmp_path: Path) -> None:
+    hybrid, plain = replace(SHAPE, image_size=64, patch_size=1, resnet_blocks=(2, 2, 2, 2)), SHAPE
+    for config, architecture, message in (
+        (hybrid, "vit_base_r50_s16_224", r"has a ResNet with stages of \(3, 4, 9\) .* have .* \(2, 2, 2, 2\)"),
+        (hybrid, "vit_tiny_r_s16_p8_224", "has the bare root of a ResNet in front, and the weights"),
+        (hybrid, "vit_base_patch16_224", "has no ResNet in front, and the weights"),
+        (plain, "vit_base_r50_s16_224", "have no ResNet in front"),
+        (hybrid, "vit_small_resnet26d_224", "and the hybrids of the official code, vit_SIZE_R_S, with r_s16_p8, "),
+    ):
+        folder = tmp_path / f"{architecture}-{config.image_size}"
+        change(written(folder, "timm", imported(config)) / "config.json", architecture=architecture)
+        with pytest.raises(BadInput, match=f"config.json is of the architecture .*{message}"):
+            vitrail.load(folder)
+
+
+def test_weights_that_a_hybrid_lacks_or_has_besides_are_named(tmp_path: Path) -> None:
+    config = replace(SHAPE, image_size=64, patch_size=1, resnet_blocks=(2, 2, 2, 2))
+    folder = written(tmp_path / "folder", "timm", imported(config))
+    at = "patch_embed.backbone"
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        del weights[f"{at}.stem.norm.bias"]
+        weights[f"{at}.stages.1.blocks.0.norm4.bias"] = torch.zeros(3)
+        weights[f"{at}.stages.0.blocks.0.downsample.conv.weight"] = torch.zeros(3)
+
+    change_weights(folder, spoil)
+    for message in ("stem.norm.bias is missing", "blocks.0.norm4.bias is unexpected", r"conv.weight has shape \(3,\)"):
+        with pytest.raises(BadInput, match=message):
+            vitrail.load(folder)
 
 
 def test_parity_sees_a_difference_that_a_head_of_zeros_would_hide() -> None:

@@ -55,13 +55,13 @@ def test_timm_comes_to_the_same_sizes_though_it_rounds_down() -> None:
 
 
 def test_what_a_format_cannot_say_is_refused_with_the_option_that_stands_in_the_way() -> None:
-    hybrid = replace(TINY, patch_size=2, resnet_blocks=())
+    hybrid = replace(TINY, patch_size=2, resnet_blocks=(1,))
     for library, config, message in (
         ("transformers", replace(TINY, classifier="gap"), "classifier = 'gap'"),
         ("transformers", replace(TINY, representation_size=8), "representation_size = 8"),
-        ("transformers", hybrid, r"resnet_blocks = \(\)"),
+        ("transformers", hybrid, r"resnet_blocks = \(1,\)"),
         ("timm", replace(TINY, representation_size=8), "representation_size = 8"),
-        ("timm", hybrid, r"resnet_blocks = \(\)"),
+        ("timm", hybrid, r"resnet_blocks = \(1,\).* of \(\), \(2, 2, 2, 2\)"),
         ("timm", replace(TINY, layer_norm_eps=1e-12), "layer_norm_eps = 1e-12.*always 1e-06"),
     ):
         with pytest.raises(BadInput, match=message):
