@@ -278,7 +278,7 @@ def write_timm(folder: Path, model: Imported, card: str) -> None:
     write_tensors(folder / "model.safetensors", weights, metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(_written_config(model), indent=2) + "\n")
     # Class names come from anywhere, and may have halves of characters in them, which UTF-8 cannot say.
-    write_text(folder / "README.md", card.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_text(folder / "README.md", card)
 
 
 def _written_config(model: Imported) -> dict[str, Any]:

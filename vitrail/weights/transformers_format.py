@@ -209,7 +209,7 @@ def write_transformers(folder: Path, model: Imported, card: str) -> None:
     write_text(folder / "config.json", json.dumps(_written_config(model), indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(_written_processor(model), indent=2) + "\n")
     # Class names come from anywhere, and may have halves of characters in them, which UTF-8 cannot say.
-    write_text(folder / "README.md", card.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_text(folder / "README.md", card)
 
 
 def _written_config(model: Imported) -> dict[str, Any]:
