@@ -1,6 +1,7 @@
 """Folders of transformers and timm: what is written is read back to the same bits, and what cannot be read is refused
 by name. Whether those libraries agree is tested in test_peers.py."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from folders import CLASSES, LIBRARIES, MEAN, SMALL, STD, TINY, change, change_weights, imported, sayable, written
-from fuzzing import assert_refused_or_read
+from fuzzing import assert_refused_or_read, assert_refused_unread, with_more, within_seconds
 
 import vitrail
 from vitrail.errors import BadInput
@@ -250,3 +251,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_damaged_files_are_refused_or_read_and_nothing_else(library: Library, name: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "folder", library, imported(TINY))
     assert_refused_or_read(folder, folder / name, FUZZED)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_weights_that_the_model_has_no_place_for_are_not_read(library: Library, tmp_path: Path) -> None:
+    good, bad = (written(tmp_path / name, library, imported(TINY)) for name in ("good", "bad"))
+    with_more(bad / "model.safetensors", "extra", 2 << 30)
+    assert_refused_unread(good, bad, "extra is unexpected")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "folder", "transformers", imported(TINY))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with within_seconds(10), pytest.raises(BadInput, match=f"{folder / name} is no regular file"):
+        vitrail.load(folder)
