@@ -146,7 +146,7 @@ class Run:
             return json.loads(path.read_text(encoding="utf-8"))["launches"]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{path} is damaged: {error}.") from None
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
