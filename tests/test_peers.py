@@ -253,8 +253,10 @@ def random_timm(folder: Path, name: str = "vit_tiny_patch16_224", **settings: An
         ("deit_tiny_patch16_224", {"dynamic_img_size": True}),
         ("vit_tiny_r_s16_p8_384", {"img_size": 64, "patch_size": 8}),
         ("vit_small_r26_s32_224", {"img_size": 64, "patch_size": 1, "act_layer": "gelu_tanh"}),
-        ("vit_base_r26_s32_224", {"img_size": 64, "patch_size": 2, "class_token": False, "global_pool": "avg",
-                                  "fc_norm": False}),
+        (
+            "vit_base_r26_s32_224",
+            {"img_size": 64, "patch_size": 2, "class_token": False, "global_pool": "avg", "fc_norm": False},
+        ),
         ("vit_base_r50_s16_384", {"img_size": 48, "patch_size": 1}),
         ("vit_large_r50_s32_224", {"img_size": 96, "patch_size": 1}),
     ],

@@ -124,7 +124,7 @@ def test_features_in_bf16_lie_near_those_in_float32_and_tell_as_much(
     images, cpu = cache.load("digits", 16).splits["test"], torch.device("cpu")
     found, features = [], []
     for precision in ("fp32", "bf16"):
-        features.append(Extractor(model.eval(), cpu, precision, mean, std).features(images, 16))  # type: ignore[arg-type]
+        features.append(Extractor(model.eval(), cpu, precision, mean, std).features(images, 16))
         monkeypatch.setattr(probing, "native_precision", lambda device, chosen=precision: chosen)
         found.append(probe(trained, shots=[1, 5, 10]))
     assert [each["precision"] for each in found] == ["fp32", "bf16"]

@@ -118,8 +118,10 @@ def objects() -> bytes:
         (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 2)}\n"), "bytes: that cannot be"),
         (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4,)}\n", bytes(16)), "bytes: that cannot be"),
         (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(12)), "bytes: that cannot be"),
-        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(16)),
-         r"embedding/kernel has shape \(4,\); Transformer/posembed_input/pos_embedding is missing"),
+        (
+            npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(16)),
+            r"embedding/kernel has shape \(4,\); Transformer/posembed_input/pos_embedding is missing",
+        ),
         (npz(b"__import__('os').system('true')\n"), "cannot be read as a NumPy archive"),
         (npz(b"x = 1", name="a.txt"), "cannot be read as a NumPy archive"),
     ],

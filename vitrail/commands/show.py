@@ -170,10 +170,10 @@ def do_variants(args: argparse.Namespace) -> str:
     ]  # fmt: skip
     notes = [
         f"At {args.image_size} × {args.image_size} pixels and 1,000 classes; weights and activations in float32. FLOP "
-        "are those of one image's logits,",
-        "every token computed, 2 for each multiply-add: papers that count these as one quote half. Activations are what "
-        "a training step",
-        "on a CPU has of each image, beside weights, gradients and the optimizer's state; those of hybrids are not "
+        "are those of one image's",
+        "logits, every token computed, 2 for each multiply-add: papers that count these as one quote half. Activations "
+        "are what a training",
+        "step on a CPU has of each image, beside weights, gradients and the optimizer's state; of hybrids they are not "
         "counted.",
         "In Python: vitrail.create(VARIANT).",
     ]

@@ -229,7 +229,8 @@ def say_warmup(recipe: Recipe, images: int) -> None:
     steps = first_step(recipe.epochs, images, recipe.batch_size)
     taken = warmup_steps(recipe, steps)
     if taken < round(recipe.warmup):
-        say(f"the run has {counted(steps, 'step')}: the warm-up takes a tenth of them, {taken:,} and not {recipe.warmup:g}")
+        whole = counted(steps, "step")
+        say(f"the run has {whole}: the warm-up takes a tenth of them, {taken:,} and not {recipe.warmup:g}")
 
 
 def build_model(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Model:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -243,7 +243,7 @@ def _last_launch(run: Run) -> dict[str, Any]:
     Raises:
         BadInput: `environment.json` is damaged.
     """
-    path, launches = run.path / "environment.json", run.launches()
+    path, launches = run.path / "environment.json", cast(Any, run.launches())  # as a file has it, it may be anything
     if not isinstance(launches, list) or not all(isinstance(each, dict) for each in launches):
         raise _damaged(path, f"its launches are {shorten(launches)}")
     last: dict[str, Any] = launches[-1] if launches else {}

@@ -94,9 +94,11 @@ class Spelling:
     def of(cls, names: Collection[str]) -> "Spelling":
         """That of a file with arrays of these names."""
         prefix = max(ENCLOSING, key=lambda prefix: sum(name.startswith(f"{prefix}Transformer/") for name in names))
-        return cls(prefix, any(part in RENAMED for name in names for part in name.split("/")))
+        weights = [name for name in names if name.startswith(f"{prefix}Transformer/")]
+        return cls(prefix, any(part in RENAMED for name in weights for part in name.split("/")))
 
     def __call__(self, name: str) -> str:
+        """The file's spelling of a name."""
         parts = (RELEASED.get(part, part) if self.released else part for part in name.split("/"))
         return self.prefix + "/".join(parts)
 
