@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU rows of docs/speed.md, and the runs whose time counts, in pieces of under 8 minutes each. The page with its
-# rows and the run folders go to $OUT; what a piece had no time for it takes up when it is named again.
+# rows and the run folders go to $OUT; what a piece that trains had no time for it takes up when it is named again, and
+# one that measures keeps the tasks that it had finished.
 #
 #   DATA=tiny-imagenet-200.zip OUT=out bench/h100.sh training inference rest   # beside peers, and the floor
 #   DATA=tiny-imagenet-200 OUT=out bench/h100.sh input       # a folder here: ImageFolder reads from it

@@ -2,12 +2,17 @@
 run. The formats themselves are tested in test_formats.py."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import importlib.util
 import io
 import json
+import math
+import os
+import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +20,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import SMALL, change, change_weights, imported, written
 from PIL import Image
+from safetensors.torch import load_file
 
 import vitrail
 from vitrail.cli import main
 from vitrail.data.images import to_pixels
 from vitrail.errors import BadInput
 from vitrail.evaluation.evaluate import predict_files
+from vitrail.input import memory
 from vitrail.recipes import resolve
+from vitrail.settings import Recipe
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.variants import VARIANTS
-from vitrail.weights import exchange
+from vitrail.weights import exchange, timm_hybrid
+from vitrail.weights.card import model_card
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.exchange import export_model, import_run
+from vitrail.weights.exchange import Library, export_model, import_run
+from vitrail.weights.load import read
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = ViTConfig(image_size=16, patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=1, num_classes=10)
 DIGITS = tuple("0123456789")
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+# What timm calls them, in the order of the variants.
+HYBRIDS = dict(
+    zip((name for name, config in VARIANTS.items() if config.resnet_blocks is not None), timm_hybrid.KNOWN, strict=True)
+)
 
 
 def typed(*words: object) -> str:
@@ -142,7 +157,8 @@ def test_import_that_fails_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr(Run, "save_model", full)
-    assert "no space left" in refused(capsys, "import", GOLDEN / "token.npz", "--output", tmp_path / "run", status=1)
+    for output in (tmp_path / "run", tmp_path / "far" / "away" / "run"):
+        assert "no space left" in refused(capsys, "import", GOLDEN / "token.npz", "--output", output, status=1)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -232,7 +248,9 @@ def test_preprocessing_that_cannot_be_is_refused_by_name(shifted: tuple[Path, Vi
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_export(library: str, trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "digits-vit"
-    files, parity, theirs, empty, how = typed("export", trained, "--to", library, "--output", folder).splitlines()
+    files, parity, theirs, share, empty, how = typed(
+        "export", trained, "--to", library, "--output", folder
+    ).splitlines()
     for name in ("README.md", "config.json", "model.safetensors"):
         assert name in files
     assert parity.startswith("parity: read back, its outputs on 2 random images differ from those of ")
@@ -242,6 +260,7 @@ def test_export(library: str, trained: Path, tmp_path: Path) -> None:
     else:
         assert theirs.startswith(f"        those of {library} itself, by at most ")
         assert float(theirs.split()[-1]) <= 1e-5
+    assert share == "        each as a share of the largest output, where that is above 1"
     assert empty == ""
     assert str(folder) in how
     assert [path.name for path in folder.parent.iterdir()] == ["digits-vit"]
@@ -260,6 +279,60 @@ def test_the_card_has_what_was_measured(trained: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert text in card
     assert str(trained.parent) not in card
+    assert "One run, the weights of its last step." in card
+    recipe = Run(trained).recipe().recipe
+    pattern = r"^\| settings \| (.*); all others are the defaults of that version \|$"
+    (row,) = re.findall(pattern, card, flags=re.MULTILINE)
+    expected = {name: value for name, value in vars(recipe).items() if value != getattr(Recipe, name)}
+    assert {"epochs", "batch_size", "hidden_size", "rotate", "lr"} <= expected.keys()
+    said = [f"{name} {value}" for name, value in expected.items() if name not in exchange.NOT_TOLD]
+    assert row.split(", ") == said
+
+
+def test_the_card_says_that_the_weights_are_an_average(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(re.sub(r"(ema_decay: {value: )0.0", r"\g<1>0.9", recipe.read_text()))
+    export_model(run, "timm", tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text("utf-8")
+    assert "One run, the running average of its weights over the steps." in card
+    assert "ema_decay 0.9" in card
+
+
+def test_a_card_can_be_written_whatever_classes_are_called() -> None:
+    model = imported(SMALL)
+    card = model_card(replace(model, classes=("\ud800", os.fsdecode(b"caf\xe9"), "café")), "timm", "folder", None)
+    assert "3 classes: `\\ud800`, `caf\\udce9`, `café`" in card
+    card.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("environment.json", {"launches": ["x"]}),
+        ("environment.json", {"launches": 5}),
+        ("environment.json", {"launches": {"step": 0}}),
+        ("environment.json", {"launches": [{"threads": "two"}]}),
+        ("environment.json", {"launches": [{"cpu": ["x"]}]}),
+        ("results.json", {"train_seconds": math.inf}),
+        ("results.json", {"train_seconds": math.nan}),
+        ("results.json", {"top1": "high"}),
+        ("results.json", {"top1": 10**400}),
+        ("results.json", {"count": [1]}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_damaged_is_named(
+    file: str, content: dict[str, Any], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    change(run / file, **content)
+    said = refused(capsys, "export", run, "--to", "timm", "--output", tmp_path / "deep" / "folder")
+    assert f"{run / file} is damaged or of another version of Vitrail: " in said
+    assert "Where the file is missing, weights are exported without what it says." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (run / file).unlink()
+    export_model(run, "timm", tmp_path / "deep" / "folder")
 
 
 def test_images_of_exported_runs_are_as_large_as_those_that_were_measured(trained: Path, tmp_path: Path) -> None:
@@ -309,16 +382,94 @@ def test_export_that_fails_leaves_nothing(
         (tmp_path / "gap", "transformers", "new", "has no classifier = 'gap'"),
         (tmp_path / "deep", "timm", "new", "has no representation_size = 8"),
         (tmp_path / "gone", "timm", "new", "there is no file or folder"),
-        (tmp_path / "broken", "timm", "new", "broken gives outputs that are no numbers"),
+        (tmp_path / "broken", "timm", "far/away/new", "broken gives outputs that are no numbers"),
         (trained, "timm", "there", "there exists, and is not overwritten; name another folder with --output"),
         (trained, "tim", "new", "'tim' is not one of transformers, timm; did you mean 'timm'?"),
     ):
         assert says in refused(capsys, "export", source, "--to", library, "--output", tmp_path / output)
     assert "required: --to" in refused(capsys, "export", trained, "--output", tmp_path / "new")
-    monkeypatch.setattr(exchange, "compare_outputs", lambda *models: 1e-3)
-    with pytest.raises(RuntimeError, match="gives other outputs"):
-        export_model(trained, "timm", tmp_path / "new")
+    for name, found in (("compare_outputs", 1e-3), ("compare_theirs", 1e-3), ("compare_theirs", math.nan)):
+        with monkeypatch.context() as patched:
+            patched.setattr(exchange, name, lambda *_, found=found: found)
+            with pytest.raises(RuntimeError, match="gives other outputs"):
+                export_model(trained, "timm", tmp_path / "far" / "away" / "new")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_class_names_that_no_file_can_say_in_utf8_come_back(library: Library, tmp_path: Path) -> None:
+    names = ("\ud800", "dög", "\U0001f431")  # the first is half a character, as JSON may have it
+    model = replace(imported(replace(SHAPE, num_classes=3)), classes=names)
+    typed("import", written(tmp_path / "theirs", library, model), "--output", tmp_path / "run")
+    typed("export", tmp_path / "run", "--to", library, "--output", tmp_path / "folder")
+    assert read(tmp_path / "folder").classes == names
+    assert r"`\ud800`, `dög`" in (tmp_path / "folder" / "README.md").read_text("utf-8")
+
+
+# Hybrids in timm, whose ResNet has other epsilons
+
+
+@pytest.mark.parametrize(("variant", "architecture"), HYBRIDS.items())
+def test_hybrids_come_back_from_timm(variant: str, architecture: str, tmp_path: Path) -> None:
+    shape = VARIANTS[variant]
+    shape = replace(shape, image_size=2 * shape.cell, num_layers=1, mlp_dim=32, num_classes=10)
+    model = saved(tmp_path / "hybrid", shape)
+    typed("export", tmp_path / "hybrid", "--to", "timm", "--output", tmp_path / "folder")
+    said = json.loads((tmp_path / "folder" / "config.json").read_text("utf-8"))
+    assert said["architecture"] == architecture
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    assert f"{said['pretrained_cfg']['first_conv']}.weight" in weights
+    back = vitrail.load(tmp_path / "folder")
+    assert back.config == shape
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_hybrid_that_would_have_other_logits_in_timm_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved(tmp_path / "hybrid", replace(SHAPE, image_size=64, resnet_blocks=()))
+    assert model.resnet is not None
+    with torch.no_grad():
+        model.resnet.root.weight[::2] *= 1e-5
+    Run.open(tmp_path / "hybrid").save_model(model, DIGITS)
+    before = sorted(tmp_path.rglob("*"))
+    says = refused(capsys, "export", tmp_path / "hybrid", "--to", "timm", "--output", tmp_path / "folder")
+    assert "timm would give other logits for this hybrid, by " in says
+    assert "adds 1e-05 to the standard deviation" in says
+    assert "timm adds 1e-08 to the variance" in says
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_hybrid_that_is_not_its_architecture_is_refused(tmp_path: Path) -> None:
+    hybrid, plain = replace(SHAPE, image_size=64, patch_size=1, resnet_blocks=(2, 2, 2, 2)), SHAPE
+    for config, architecture, message in (
+        (hybrid, "vit_base_r50_s16_224", r"has a ResNet with stages of \(3, 4, 9\) .* have .* \(2, 2, 2, 2\)"),
+        (hybrid, "vit_tiny_r_s16_p8_224", "has the bare root of a ResNet in front, and the weights"),
+        (hybrid, "vit_base_patch16_224", "has no ResNet in front, and the weights"),
+        (plain, "vit_base_r50_s16_224", "have no ResNet in front"),
+        (hybrid, "vit_small_resnet26d_224", "and the hybrids of the official code, vit_SIZE_R_S, with r_s16_p8, "),
+    ):
+        folder = tmp_path / f"{architecture}-{config.image_size}"
+        change(written(folder, "timm", imported(config)) / "config.json", architecture=architecture)
+        with pytest.raises(BadInput, match=f"config.json is of the architecture .*{message}"):
+            vitrail.load(folder)
+
+
+def test_weights_that_a_hybrid_lacks_or_has_besides_are_named(tmp_path: Path) -> None:
+    config = replace(SHAPE, image_size=64, patch_size=1, resnet_blocks=(2, 2, 2, 2))
+    folder = written(tmp_path / "folder", "timm", imported(config))
+    at = "patch_embed.backbone"
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        del weights[f"{at}.stem.norm.bias"]
+        weights[f"{at}.stages.1.blocks.0.norm4.bias"] = torch.zeros(3)
+        weights[f"{at}.stages.0.blocks.0.downsample.conv.weight"] = torch.zeros(3)
+
+    change_weights(folder, spoil)
+    for message in ("stem.norm.bias is missing", "blocks.0.norm4.bias is unexpected", r"conv.weight has shape \(3,\)"):
+        with pytest.raises(BadInput, match=message):
+            vitrail.load(folder)
 
 
 def test_parity_sees_a_difference_that_a_head_of_zeros_would_hide() -> None:
@@ -327,6 +478,27 @@ def test_parity_sees_a_difference_that_a_head_of_zeros_would_hide() -> None:
     assert exchange.compare_outputs(model, model) == 0
     assert not model(torch.randn(2, 3, 16, 16)).any()
     assert exchange.compare_outputs(model, other) > 0.01
+
+
+@torch.no_grad()
+def test_parity_with_another_library_sees_what_its_head_of_zeros_would_hide() -> None:
+    torch.manual_seed(0)
+    model, other = VisionTransformer(SHAPE).eval(), VisionTransformer(SHAPE).eval()
+    images = exchange.random_images(model)
+    assert torch.equal(model(images), other(images))
+    assert exchange.compare_logits(model, model, "head") == 0
+    assert exchange.compare_logits(model, other, "head") > 0.01
+    assert not model.head.weight.any()
+    again = copy.deepcopy(model)
+    torch.nn.init.normal_(again.head.weight)  # a head that came out otherwise shows too
+    assert exchange.compare_logits(model, again, "head") > 0.01
+
+
+def test_differences_are_shares_of_outputs_above_1() -> None:
+    large, small = torch.tensor([-1000.0, 2.0]), torch.tensor([0.5, 0.25])
+    assert exchange.difference(large, large + 0.05) == pytest.approx(5e-5, rel=1e-3)
+    assert exchange.difference(small, small + 0.05) == pytest.approx(0.05)
+    assert math.isnan(exchange.largest([0.1, exchange.difference(small, small * math.nan), 0.2]))
 
 
 def test_a_run_that_was_not_finished_has_no_figures(trained: Path, tmp_path: Path) -> None:
@@ -347,8 +519,19 @@ def test_variants() -> None:
     assert heading.split()[:2] == ["variant", "layers"]
     assert [row.split()[0] for row in rows[: len(VARIANTS)]] == list(VARIANTS)
     base = next(row for row in rows if row.startswith("ViT-B/16 "))
-    assert base.split() == ["ViT-B/16", "12", "768", "3072", "12", "86,567,656", "35.1", "346"]
-    assert "2 for each multiply-add" in rows[-1]
+    assert heading.endswith("weights, MB  activations, MB/image")
+    assert base.split() == ["ViT-B/16", "12", "768", "3072", "12", "86,567,656", "35.1", "346", "138"]
+    hybrid = next(row for row in rows if row.startswith("R50+ViT-B/16 "))
+    assert hybrid.split()[-1] == "–"
+    assert "2 for each multiply-add" in "\n".join(rows)
+
+
+def test_variants_say_what_images_of_a_size_take() -> None:
+    small, large = (json.loads(typed("variants", "--image-size", size, "--json")) for size in (224, 1024))
+    taken = [{row["name"]: row["activation_bytes"] for row in rows} for rows in (small, large)]
+    config = replace(VARIANTS["ViT-B/16"], image_size=1024)
+    assert taken[1]["ViT-B/16"] == memory.activation_bytes(config, Recipe()) > 10 * taken[0]["ViT-B/16"]
+    assert {name for name, count in taken[0].items() if count is None} == {name for name in VARIANTS if name[0] == "R"}
 
 
 def test_variants_at_a_size_that_some_cannot_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Folders of transformers and timm: what is written is read back to the same bits, and what cannot be read is refused
 by name. Whether those libraries agree is tested in test_peers.py."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from folders import CLASSES, LIBRARIES, MEAN, SMALL, STD, TINY, change, change_weights, imported, sayable, written
-from fuzzing import assert_refused_or_read
+from fuzzing import assert_refused_or_read, assert_refused_unread, with_more, within_seconds
 
 import vitrail
 from vitrail.errors import BadInput
@@ -55,13 +56,13 @@ def test_timm_comes_to_the_same_sizes_though_it_rounds_down() -> None:
 
 
 def test_what_a_format_cannot_say_is_refused_with_the_option_that_stands_in_the_way() -> None:
-    hybrid = replace(TINY, patch_size=2, resnet_blocks=())
+    hybrid = replace(TINY, patch_size=2, resnet_blocks=(1,))
     for library, config, message in (
         ("transformers", replace(TINY, classifier="gap"), "classifier = 'gap'"),
         ("transformers", replace(TINY, representation_size=8), "representation_size = 8"),
-        ("transformers", hybrid, r"resnet_blocks = \(\)"),
+        ("transformers", hybrid, r"resnet_blocks = \(1,\)"),
         ("timm", replace(TINY, representation_size=8), "representation_size = 8"),
-        ("timm", hybrid, r"resnet_blocks = \(\)"),
+        ("timm", hybrid, r"resnet_blocks = \(1,\).* of \(\), \(2, 2, 2, 2\)"),
         ("timm", replace(TINY, layer_norm_eps=1e-12), "layer_norm_eps = 1e-12.*always 1e-06"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -250,3 +251,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_damaged_files_are_refused_or_read_and_nothing_else(library: Library, name: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "folder", library, imported(TINY))
     assert_refused_or_read(folder, folder / name, FUZZED)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_weights_that_the_model_has_no_place_for_are_not_read(library: Library, tmp_path: Path) -> None:
+    good, bad = (written(tmp_path / name, library, imported(TINY)) for name in ("good", "bad"))
+    with_more(bad / "model.safetensors", "extra", 2 << 30)
+    assert_refused_unread(good, bad, "extra is unexpected")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "folder", "transformers", imported(TINY))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with within_seconds(10), pytest.raises(BadInput, match=f"{folder / name} is no regular file"):
+        vitrail.load(folder)

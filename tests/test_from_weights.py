@@ -16,11 +16,12 @@ from vitrail.cli import main
 from vitrail.data import cache
 from vitrail.errors import BadInput
 from vitrail.evaluation.evaluate import figures, predict_split
-from vitrail.input.batches import TrainingBatches
+from vitrail.input.batches import TrainingBatches, first_step
 from vitrail.input.pixels import pixels_of
 from vitrail.pages.runs import load as load_runs
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
 from vitrail.settings import Recipe
+from vitrail.training.optimize import warmup_steps
 from vitrail.training.session import Result
 from vitrail.training.train import model_config
 from vitrail.training.transfer import begin
@@ -77,10 +78,16 @@ def test_the_recipe_says_where_the_weights_came_from_and_what_they_set(trained: 
 def test_the_recipe_is_the_official_one() -> None:
     recipe = RECIPES[FINE_TUNE]
     assert recipe == replace(
-        recipe, optimizer="sgd", schedule="cosine", lr=0.03, warmup=0.05, clip=1.0, weight_decay=0.0, dropout=0.0,
+        recipe, optimizer="sgd", schedule="cosine", lr=0.03, warmup=500, clip=1.0, weight_decay=0.0, dropout=0.0,
         batch_size=512, image_size=384,
     )  # fmt: skip
     assert recipe.epochs * 50_000 // recipe.batch_size == pytest.approx(10_000, rel=0.01)
+
+
+@pytest.mark.parametrize(("images", "steps"), [(50_000, 500), (1_281_167, 500), (2_000, 39)])
+def test_the_recipe_warms_up_over_500_steps_or_a_tenth_of_all(images: int, steps: int) -> None:
+    recipe = RECIPES[FINE_TUNE]
+    assert warmup_steps(recipe, first_step(recipe.epochs, images, recipe.batch_size)) == steps
 
 
 # What a run begins with
@@ -195,7 +202,6 @@ def test_runs_from_different_weights_are_not_seeds_of_one(trained: Path, tuned: 
         ({"architecture": "resnet-18"}, "a resnet-18 begins with random weights here"),
         ({"initial_weights": "torch"}, "initial_weights is of weights that are drawn, .*leave --initial-weights out"),
         ({"image_size": 23}, "images of 23 pixels do not divide into patches of 4"),
-        ({"warmup": 500.0}, "warm-up of 500 steps is as long as the run, which has 45 "),
     ],
 )
 def test_settings_that_disagree_with_the_weights_are_refused(

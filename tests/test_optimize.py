@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.recipes import RECIPES
 from vitrail.settings import Recipe
 from vitrail.training.muon import COEFFICIENTS, orthogonalise
-from vitrail.training.optimize import RunningAverage, build_optimizer, learning_rate, parameter_groups
+from vitrail.training.optimize import RunningAverage, build_optimizer, learning_rate, parameter_groups, warmup_steps
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 
@@ -33,13 +33,19 @@ def test_the_warm_up_ends_at_the_peak_and_linear_decay_at_zero() -> None:
 
 def test_cosine_and_constant() -> None:
     cosine = Recipe(lr=2.0, schedule="cosine", warmup=20)  # from 1 up, a number of steps
-    assert learning_rate(cosine, 19, 120) == 2
-    assert learning_rate(cosine, 20, 120) == 2
-    assert learning_rate(cosine, 70, 120) == pytest.approx(1)
-    assert learning_rate(cosine, 45, 120) == pytest.approx(1 + 2**0.5 / 2)
-    assert learning_rate(cosine, 120, 120) == pytest.approx(0)
+    assert learning_rate(cosine, 19, 220) == 2
+    assert learning_rate(cosine, 20, 220) == 2
+    assert learning_rate(cosine, 120, 220) == pytest.approx(1)
+    assert learning_rate(cosine, 70, 220) == pytest.approx(1 + 2**0.5 / 2)
+    assert learning_rate(cosine, 220, 220) == pytest.approx(0)
     constant = Recipe(lr=3.0, schedule="constant", warmup=0.0)
     assert {learning_rate(constant, step, 50) for step in range(50)} == {3.0}
+
+
+def test_a_number_of_steps_is_a_tenth_of_all_at_most_and_a_share_what_it_is() -> None:
+    for warmup, steps, expected in ((500, 10_000, 500), (500, 5_000, 500), (500, 4_999, 499), (500, 9, 0), (0.5, 9, 4)):
+        assert warmup_steps(Recipe(warmup=warmup), steps) == expected
+    assert learning_rate(Recipe(lr=2.0, warmup=500), 9, 100) == 2
 
 
 def test_the_fall_may_take_only_the_last_steps() -> None:

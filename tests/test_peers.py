@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,9 @@ from vitrail.errors import BadInput
 from vitrail.speed.peers import declare_operators
 from vitrail.vit.config import HALF, ViTConfig
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.exchange import Library
+from vitrail.weights import timm_hybrid
+from vitrail.weights.exchange import Library, compare_theirs
+from vitrail.weights.formats import HEAD
 from vitrail.weights.load import build, read
 
 
@@ -57,12 +59,39 @@ LOGITS = {"transformers": logits_of_transformers, "timm": logits_of_timm}
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
 @pytest.mark.parametrize(("library", "config"), list(sayable()))
 def test_their_classes_give_our_logits(library: Library, config: ViTConfig, gelu: Any, tmp_path: Path) -> None:
-    config = replace(config, image_size=config.patch_size * 3, gelu=gelu, num_classes=7)
+    config = replace(config, image_size=config.cell * 3, gelu=gelu, num_classes=7)
     model = imported(config)
     logits = LOGITS[library](written(tmp_path / "folder", library, model), images(config))
     expected = build(model, tmp_path)(images(config))
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_exports_compare_what_a_head_of_zeros_would_hide(library: Library, tmp_path: Path) -> None:
+    peer(library)
+    random = imported(SMALL)
+    head = {name: torch.zeros_like(random.tensors[name]) for name in HEAD}
+    model = replace(random, tensors=random.tensors | head)
+    other = replace(model, tensors={name: weight * 1.5 for name, weight in model.tensors.items()})
+    folder = written(tmp_path / "folder", library, model)
+    assert cast(float, compare_theirs(build(model, folder), library, folder)) <= 1e-5
+    assert cast(float, compare_theirs(build(other, folder), library, folder)) > 0.01
+
+
+@torch.no_grad()
+def test_a_hybrid_has_the_logits_in_timm_that_its_other_epsilons_are_said_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, image_size=96, patch_size=1, resnet_blocks=(2, 2, 2, 2))
+    model = imported(config)
+    for name, tensor in model.tensors.items():
+        if name.startswith("resnet.") and tensor.ndim == 4:
+            tensor *= torch.logspace(-5, 0, len(tensor))[:, None, None, None]
+    monkeypatch.setattr(timm_hybrid, "check_epsilons", lambda model: None)
+    logits = logits_of_timm(written(tmp_path / "folder", "timm", model), images(config))
+    torch.testing.assert_close(logits, timm_hybrid.as_timm_has_it(model)(images(config)), atol=1e-4, rtol=0)
+    assert (logits - build(model, tmp_path)(images(config))).abs().max() > 2e-3
 
 
 @torch.no_grad()
@@ -222,6 +251,14 @@ def random_timm(folder: Path, name: str = "vit_tiny_patch16_224", **settings: An
         ("vit_tiny_patch16_224", {"fc_norm": True}),
         ("vit_huge_patch14_224", {"drop_path_rate": 0.1, "proj_drop_rate": 0.1, "norm_layer": "layernorm"}),
         ("deit_tiny_patch16_224", {"dynamic_img_size": True}),
+        ("vit_tiny_r_s16_p8_384", {"img_size": 64, "patch_size": 8}),
+        ("vit_small_r26_s32_224", {"img_size": 64, "patch_size": 1, "act_layer": "gelu_tanh"}),
+        (
+            "vit_base_r26_s32_224",
+            {"img_size": 64, "patch_size": 2, "class_token": False, "global_pool": "avg", "fc_norm": False},
+        ),
+        ("vit_base_r50_s16_384", {"img_size": 48, "patch_size": 1}),
+        ("vit_large_r50_s32_224", {"img_size": 96, "patch_size": 1}),
     ],
 )
 def test_what_timm_writes_is_read(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -230,7 +267,8 @@ def test_what_timm_writes_is_read(name: str, settings: dict[str, Any], tmp_path:
     assert found.classes == CLASSES
     assert (found.mean, found.std) == (theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])
     ours = vitrail.load(tmp_path / "folder")
-    torch.testing.assert_close(ours(images(SMALL)), theirs(images(SMALL)), atol=1e-4, rtol=0)
+    x = images(found.config)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -240,7 +278,7 @@ def test_heads_of_timm_go_by_the_architecture(name: str, tmp_path: Path) -> None
     timm = peer("timm")
     torch.manual_seed(0)
     theirs = timm.create_model(name, depth=1, num_classes=3, img_size=56 if "14" in name else 64).eval()
-    torch.nn.init.normal_(theirs.head.weight)
+    torch.nn.init.normal_(theirs.head.weight, std=theirs.embed_dim**-0.5)  # logits of about 1, which 1e-4 is meant for
     timm.models.save_for_hf(theirs, tmp_path / "folder", safe_serialization=True)
     change(tmp_path / "folder" / "config.json", model_args=None)  # what older versions leave out
     x = torch.randn(2, 3, *theirs.patch_embed.img_size)
@@ -269,6 +307,8 @@ def test_heads_of_timm_go_by_the_architecture(name: str, tmp_path: Path) -> None
         ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False}, "architecture 'vit_base_patch16_clip"),
         ("flexivit_small", {}, "flexivit_small"),
         ("deit_tiny_distilled_patch16_224", {}, "a distillation token"),
+        ("vit_small_resnet26d_224", {"img_size": 64, "patch_size": 1}, "num_batches_tracked of torch.int64"),
+        ("vit_small_r26_s32_224", {"img_size": 64, "patch_size": 1, "in_chans": 1}, r"stem.conv.weight has shape"),
     ],
 )
 def test_what_timm_has_besides_is_refused(name: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:

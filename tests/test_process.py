@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrail.vit.floor import faster_precision
+from vitrail.vit.floor import faster_precision, native_precision
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -16,9 +16,10 @@ CPU_INFO = Path("/proc/cpuinfo")
 @pytest.mark.skipif(
     not CPU_INFO.exists() or platform.machine() != "x86_64", reason="Linux on x86 says what its processor has"
 )
-def test_bf16_is_the_faster_one_where_there_are_instructions_for_it() -> None:
+def test_bf16_is_the_native_and_the_faster_one_where_there_are_instructions_for_it() -> None:
     there = set(CPU_INFO.read_text().split()) & {"avx512_bf16", "amx_bf16"}
-    assert faster_precision(torch.device("cpu")) == ("bf16" if there else "fp32")
+    for precision in (native_precision, faster_precision):
+        assert precision(torch.device("cpu")) == ("bf16" if there else "fp32")
 
 
 def test_peak_memory_is_what_the_process_had_at_most() -> None:

@@ -11,8 +11,11 @@ import pytest
 import vitrail
 from vitrail.cli import main
 from vitrail.recipes import RECIPES
+from vitrail.settings import Recipe
 from vitrail.training.train import model_config
+from vitrail.weights.card import measured
 from vitrail.weights.checkpoint import Run
+from vitrail.weights.exchange import record
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -50,8 +53,12 @@ def test_the_model_that_is_kept_is_that_of_its_run() -> None:
     assert sum(weight.numel() for weight in model.parameters()) == found["parameters"]
     assert model_config(Run(run).recipe().recipe, 200) == model.config
     card = (folder / "README.md").read_text("utf-8")
-    assert f"| top-1 | {found['top1']:.4f} |" in card
-    assert f"| commit | {Run(run).launches()[-1]['commit']} |" in card
+    kept = record(Run(run))
+    assert kept is not None
+    assert measured(kept) in card
+    for name in changes(run):  # from today's recipe of that name: the card has it, unless it is the default
+        value = getattr(Run(run).recipe().recipe, name)
+        assert f" {name} {value}" in card or value == getattr(Recipe, name)
     assert (folder / "model.safetensors").stat().st_size < 20e6
 
 

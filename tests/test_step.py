@@ -122,7 +122,7 @@ def test_where_memory_runs_out_the_step_is_done_in_parts(
 
 
 def test_each_weight_is_trained_at_its_own_rate() -> None:
-    recipe = replace(RECIPE, optimizer="muon", lr=0.01, muon_lr=0.5, layer_decay=0.5, warmup=2)
+    recipe = replace(RECIPE, optimizer="muon", lr=0.01, muon_lr=0.5, layer_decay=0.5, warmup=0.5)
     model, batches = setting(recipe)
     optimizer = build_optimizer(model, recipe)
     train_step(model, optimizer, batches, 0)  # in the middle of the warm-up

@@ -1,20 +1,23 @@
-"""Weights from elsewhere: every name that official checkpoints use, and files that are damaged or mean harm."""
+"""Weights from elsewhere: files that are damaged or mean harm, and run folders that are not what they say."""
 
+import contextlib
 import io
 import json
+import os
 import pickle
 import re
 import struct
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fuzzing import assert_refused_or_read
+from checkpoints import GOLDEN, arrays_of, save
+from fuzzing import assert_refused_or_read, assert_refused_unread, with_more, within_seconds
 from safetensors.torch import save_file
 
 import vitrail
@@ -22,52 +25,8 @@ from vitrail.errors import BadInput
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.official import RENAMED
 
-GOLDEN = Path(__file__).parent / "golden"
 FUZZED = 2000  # files of each kind
-
-
-def arrays_of(case: str) -> dict[str, np.ndarray[Any, Any]]:
-    with np.load(GOLDEN / f"{case}.npz") as file:
-        return dict(file)
-
-
-def save(path: Path, arrays: dict[str, np.ndarray[Any, Any]], compressed: bool = False) -> None:
-    write = np.savez_compressed if compressed else np.savez
-    write(path, **arrays)  # type: ignore[arg-type]  # it takes an option by name too, so that names look like options
-
-
-def backslashes(name: str) -> str:
-    return name.replace("/", "\\")
-
-
-def with_optimizer(name: str) -> str:
-    return f"opt/target/{name}"
-
-
-def of_later_code(name: str) -> str:
-    return "params/" + "/".join(RENAMED.get(part, part) for part in name.split("/"))
-
-
-@pytest.mark.parametrize("case", ["token", "gap", "pre-logits", "hybrid"])
-@pytest.mark.parametrize("rename", [backslashes, with_optimizer, of_later_code])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_all_names_of_official_checkpoints_are_understood(
-    case: str, rename: Callable[[str], str], compressed: bool, tmp_path: Path
-) -> None:
-    renamed = {rename(name): array for name, array in arrays_of(case).items()}
-    save(tmp_path / "renamed.npz", renamed, compressed)
-    found, expected = vitrail.load(tmp_path / "renamed.npz"), vitrail.load(GOLDEN / f"{case}.npz")
-    assert found.config == expected.config
-    assert all(torch.equal(found.state_dict()[name], weight) for name, weight in expected.state_dict().items())
-
-
-def test_an_optimizers_state_beside_the_weights_does_no_harm(tmp_path: Path) -> None:
-    arrays = arrays_of("token")
-    more = {f"opt/state/param_states/{name}/momentum": array for name, array in arrays.items()}
-    save(tmp_path / "a.npz", {f"opt/target/{name}": array for name, array in arrays.items()} | more)
-    assert vitrail.load(tmp_path / "a.npz").config == vitrail.load(GOLDEN / "token.npz").config
 
 
 def npz(header: bytes, content: bytes = b"", name: str = "embedding/kernel.npy") -> bytes:
@@ -109,16 +68,6 @@ def test_what_an_archive_hides_is_not_unpacked(compression: int, tmp_path: Path)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 20e6
-
-
-def test_arrays_that_the_model_has_no_place_for_are_named(tmp_path: Path) -> None:
-    arrays = arrays_of("token")
-    save(tmp_path / "more.npz", arrays | {"LayerScale_0/gamma": np.ones(48, np.float32)})
-    with pytest.raises(BadInput, match=r"more\.npz has arrays that .* no place for: LayerScale_0/gamma\."):
-        vitrail.load(tmp_path / "more.npz")
-    save(tmp_path / "twice.npz", arrays | {"opt/target/head/bias": arrays["head/bias"]})
-    with pytest.raises(BadInput, match=r"twice\.npz has head/bias twice, under two names"):
-        vitrail.load(tmp_path / "twice.npz")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32, torch.bool])
@@ -164,12 +113,15 @@ def objects() -> bytes:
         (b"", "cannot be read as a NumPy archive"),
         (b"no archive", "cannot be read as a NumPy archive"),
         (pickle.dumps({"weight": 1}), "cannot be read as a NumPy archive"),
-        (objects(), "not one of numbers"),
+        (objects(), "cls of object, and not of floats"),
         (bomb(), "says that it holds 1,048,57.,...: it is not read"),
-        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 2)}\n"), "is not what the"),
-        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4,)}\n", bytes(16)), "is not what the"),
-        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(12)), "is not what the"),
-        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(16)), "not of the shapes"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 2)}\n"), "bytes: that cannot be"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4,)}\n", bytes(16)), "bytes: that cannot be"),
+        (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(12)), "bytes: that cannot be"),
+        (
+            npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n", bytes(16)),
+            r"embedding/kernel has shape \(4,\); Transformer/posembed_input/pos_embedding is missing",
+        ),
         (npz(b"__import__('os').system('true')\n"), "cannot be read as a NumPy archive"),
         (npz(b"x = 1", name="a.txt"), "cannot be read as a NumPy archive"),
     ],
@@ -178,14 +130,6 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(content: bytes, message
     (tmp_path / "file.npz").write_bytes(content)
     with pytest.raises(BadInput, match=f"file.npz.*{message}"):
         vitrail.load(tmp_path / "file.npz")
-
-
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    arrays = arrays_of("token")
-    del arrays["Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"]
-    save(tmp_path / "a.npz", arrays)
-    with pytest.raises(BadInput, match=r"encoderblock_1/MlpBlock_0/Dense_0/kernel' is missing"):
-        vitrail.load(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "config"])
@@ -277,3 +221,51 @@ def test_a_pickle_in_the_place_of_weights_is_not_opened(tmp_path: Path) -> None:
     save_file({"head.weight": torch.zeros(1)}, weights)
     with pytest.raises(BadInput, match=r"model\.safetensors"):
         vitrail.load(run.path)
+
+
+def test_weights_that_the_model_of_a_run_has_no_place_for_are_not_read(tmp_path: Path) -> None:
+    model = VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3))
+    good, bad = (Run.create(tmp_path / name) for name in ("good", "bad"))
+    for run in (good, bad):
+        run.save_model(model, ("a", "b", "c"))
+    with_more(bad.path / "model" / "model.safetensors", "extra", 2 << 30)
+    assert_refused_unread(good.path, bad.path, "extra is unexpected")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_in_a_run_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3)), ("a", "b", "c"))
+    (path := run.path / "model" / name).unlink()
+    os.mkfifo(path)
+    with within_seconds(10), pytest.raises(BadInput, match=f"{run.path}.*(no regular file|no run folder)"):
+        vitrail.load(run.path)
+
+
+@contextlib.contextmanager
+def closed(folder: Path) -> Iterator[None]:
+    """Nobody may look into a folder; root, who may look into any, is somebody else meanwhile."""
+    user = os.geteuid()
+    folder.chmod(0)
+    try:
+        if not user:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
+def test_what_the_system_does_not_open_is_named(tmp_path: Path) -> None:
+    readers: tuple[Callable[[Path], object], ...] = (vitrail.load, Run.open)
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3)), ("a", "b", "c"))
+    for path in (tmp_path / ("x" * 300), tmp_path / f"{'x' * 300}.npz", tmp_path / ("x" * 300) / "model"):
+        for read in readers:
+            with pytest.raises(BadInput, match=rf"{path} cannot be opened: file name too long\."):
+                read(path)
+    with closed(run.path):
+        for path in (run.path, run.path / "a.npz"):
+            for read in readers:
+                with pytest.raises(BadInput, match=rf"{path} cannot be opened: permission denied\."):
+                    read(path)

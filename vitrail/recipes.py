@@ -99,11 +99,11 @@ RECIPES: dict[str, Recipe] = {
         epochs=90, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4, warmup=0.05,
     ),
     # vitrail train --from WEIGHTS, which say the shape. The paper's fine-tuning (table 4): its 10,000 steps over CIFAR
-    # are these epochs. Rate, warm-up (500 of the steps) and augmentation: the official code's (configs/common.py,
+    # are these epochs. Rate, warm-up (500 steps) and augmentation: the official code's (configs/common.py,
     # input_pipeline.py).
     "fine-tune": Recipe(
         data=YOURS, image_size=384, flip="random", resized_crop=0.05, patch_size=16,
-        epochs=102, batch_size=512, optimizer="sgd", lr=0.03, warmup=0.05, clip=1.0,
+        epochs=102, batch_size=512, optimizer="sgd", lr=0.03, warmup=500, clip=1.0,
     ),
 }  # fmt: skip
 

@@ -153,7 +153,9 @@ class Recipe:
         "cosine", "of the learning rate, after the warm-up, to 0"
     )
     cooldown: float = setting(1.0, "the schedule takes this last share of the steps after the warm-up")
-    warmup: float = setting(0.02, "linear warm-up: a share of all steps, or, from 1 up, a number of steps")
+    warmup: float = setting(
+        0.02, "linear warm-up: a share of all steps, or, from 1 up, a number of steps, a tenth of all at most"
+    )
     clip: float | None = setting(None, "clip the gradient's global norm to this")
     ema_decay: float = setting(
         0.0, "evaluate and keep a moving average of the weights, of which each step leaves this share (0: none)"

@@ -154,22 +154,42 @@ def do_variants(args: argparse.Namespace) -> str:
     if args.output is not None:
         return draw_variants(args.output, args.image_size)
     found = sizes(args.image_size)
+    activations = [trained_bytes(size.name, args.image_size) for size in found]
     if args.json:
-        return as_json([dataclasses.asdict(size) | {"image_size": args.image_size} for size in found])
-    columns = ("variant", ">layers", ">width", ">MLP", ">heads", ">parameters", ">GFLOP/image", ">weights, MB")
+        more = [{"activation_bytes": taken, "image_size": args.image_size} for taken in activations]
+        return as_json([dataclasses.asdict(size) | others for size, others in zip(found, more, strict=True)])
+    columns = (
+        "variant", ">layers", ">width", ">MLP", ">heads", ">parameters", ">GFLOP/image", ">weights, MB",
+        ">activations, MB/image",
+    )  # fmt: skip
     rows = [
         (size.name, f"{size.num_layers}", f"{size.hidden_size}", f"{size.mlp_dim}", f"{size.num_heads}",
-         f"{size.parameters:,}", f"{size.flops / 1e9:,.1f}", f"{size.bytes / 1e6:,.0f}")
-        for size in found
+         f"{size.parameters:,}", f"{size.flops / 1e9:,.1f}", f"{size.bytes / 1e6:,.0f}",
+         "–" if taken is None else f"{taken / 1e6:,.0f}")
+        for size, taken in zip(found, activations, strict=True)
     ]  # fmt: skip
     notes = [
-        f"At {args.image_size} × {args.image_size} pixels and 1,000 classes; weights in float32. FLOP are those of one "
-        "image's logits, every token computed,",
-        "2 for each multiply-add: papers that count these as one quote half. In Python: vitrail.create(VARIANT).",
+        f"At {args.image_size} × {args.image_size} pixels and 1,000 classes; weights and activations in float32. FLOP "
+        "are those of one image's",
+        "logits, every token computed, 2 for each multiply-add: papers that count these as one quote half. Activations "
+        "are what a training",
+        "step on a CPU has of each image, beside weights, gradients and the optimizer's state; of hybrids they are not "
+        "counted.",
+        "In Python: vitrail.create(VARIANT).",
     ]
     if left := [name for name in VARIANTS if name not in {size.name for size in found}]:
         notes.append(f"Images of {args.image_size} pixels do not divide into the patches of {', '.join(left)}.")
     return "\n".join([table(columns, rows), "", *notes])
+
+
+def trained_bytes(name: str, image_size: int) -> int | None:
+    """What a training step in float32 has of one image of that size, as `activation_bytes` counts it; None for a
+    hybrid, whose ResNet is not counted."""
+    from vitrail.input.memory import activation_bytes
+    from vitrail.vit.variants import VARIANTS
+
+    config = dataclasses.replace(VARIANTS[name], image_size=image_size)
+    return activation_bytes(config, Recipe()) if config.resnet_blocks is None else None
 
 
 def draw_variants(output: Path, image_size: int) -> str:

@@ -70,6 +70,7 @@ def do_export(args: argparse.Namespace) -> str:
             f"        {args.to} is not to be had here, and was not asked"
             if done.theirs is None
             else f"        those of {args.to} itself, by at most {done.theirs:.2g}",
+            "        each as a share of the largest output, where that is above 1",
             "",
             f"in Python  {loaded[args.to]}",
         ]

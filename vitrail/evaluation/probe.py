@@ -31,7 +31,7 @@ from vitrail.input.batches import evaluation_batches
 from vitrail.input.pixels import pixels_of
 from vitrail.progress import counted, track
 from vitrail.vit.config import Colours
-from vitrail.vit.floor import faster_precision
+from vitrail.vit.floor import native_precision
 from vitrail.vit.models import Model
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.files import read_tensors, write_tensors
@@ -91,6 +91,9 @@ def probe(source: Path, data: str | None = None, shots: Sequence[int] | None = N
     """Top-1 of a linear map on what the head of a model reads, and on raw pixels, by the number of training images a
     class: the mean over `DRAWS` draws, and the standard deviation.
 
+    Features are computed in bf16 where the device has instructions for it, else in float32; which, hangs on the device
+    alone, so that the same command has the same figures.
+
     Args:
         source: a run folder, or anything else that `weights.load.read` reads.
         data: a data set; that of the run if None.
@@ -112,7 +115,7 @@ def probe(source: Path, data: str | None = None, shots: Sequence[int] | None = N
     draws = [draw(train.labels, len(dataset.classes), wanted[-1], seed) for seed in range(DRAWS)]
     used = np.unique(np.stack(draws))  # of all the training images, those that some draw has
     device = pick_device("auto")
-    precision = faster_precision(device)
+    precision = native_precision(device)
     few = train.take(used)
     extract = Extractor(model.to(device).eval(), device, precision, mean, std)
     raw = nn.Sequential(nn.AdaptiveAvgPool2d(min(size, RAW_SIDE)), nn.Flatten())
@@ -193,10 +196,13 @@ class Extractor:
 
     def cached(self, images: Split) -> Float[Tensor, "N D"]:
         """The same at the size that the model is for, from the cache if the same weights have seen the same images by
-        the same version of the program."""
+        the same version of the program. Of a checkout with changes it is not known which version that is: there,
+        nothing is read from the cache or written to it."""
         assert isinstance(self.model, Model)
-        config = self.model.config
-        program = (commit() or __version__, torch.__version__, self.device.type, self.precision)
+        config, version = self.model.config, commit() or __version__
+        if version.endswith("+changes"):
+            return self.features(images, config.image_size)
+        program = (version, torch.__version__, self.device.type, self.precision)
         seen = (digest(self.model.state_dict()), config, self.mean, self.std, of_images(images))
         key = hashlib.blake2b(repr((program, seen)).encode(), digest_size=16).hexdigest()
         return kept(cache_root() / "features" / f"{key}.safetensors", lambda: self.features(images, config.image_size))

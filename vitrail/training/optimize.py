@@ -17,8 +17,9 @@ BLOCKS = ("blocks.", "resnet.stages.", "decoder_blocks.")
 
 
 def warmup_steps(recipe: Recipe, steps: int) -> int:
-    """Length of the warm-up: a share of all steps where the recipe gives one below 1, else that many."""
-    return round(recipe.warmup * steps) if recipe.warmup < 1 else round(recipe.warmup)
+    """Length of the warm-up: a share of all steps where the recipe gives one below 1, else that many, but a tenth of
+    all at most: a number is meant for runs as long as it was found with, and would be all of a short one."""
+    return round(recipe.warmup * steps) if recipe.warmup < 1 else min(round(recipe.warmup), steps // 10)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, peak: float | None = None) -> float:

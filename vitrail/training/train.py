@@ -100,7 +100,8 @@ def train(
                 settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout, stream=chosen.stream
             )
         )
-        check_warmup(chosen, len(dataset.splits["train"]))
+        if world.first:
+            say_warmup(chosen, len(dataset.splits["train"]))
         model = learner(start, len(dataset.classes), device, world)
         optimizer, average = build_optimizer(model, chosen), RunningAverage(model, chosen.ema_decay)
         if new := run is None:  # only now: what is wrong with the input was said before anything was written
@@ -223,19 +224,13 @@ def pretrain(
     return train(recipe, output=output, resume=resume, **settings)
 
 
-def check_warmup(recipe: Recipe, images: int) -> None:
-    """See to it that a warm-up that is given in steps ends within the run.
-
-    Raises:
-        BadInput: it does not, so that the learning rate would never be at its peak.
-    """
+def say_warmup(recipe: Recipe, images: int) -> None:
+    """Say so where a warm-up that was given in steps is shortened, as `warmup_steps` does in short runs."""
     steps = first_step(recipe.epochs, images, recipe.batch_size)
-    if recipe.warmup >= 1 and warmup_steps(recipe, steps) >= steps:
-        raise BadInput(
-            f"the warm-up of {recipe.warmup:g} steps is as long as the run, which has {steps:,} "
-            f"({counted(recipe.epochs, 'epoch')} of {images:,} images in batches of {recipe.batch_size}); take a share "
-            "of them instead, --warmup 0.05, and a smaller --batch-size."
-        )
+    taken = warmup_steps(recipe, steps)
+    if taken < round(recipe.warmup):
+        whole = counted(steps, "step")
+        say(f"the run has {whole}: the warm-up takes a tenth of them, {taken:,} and not {recipe.warmup:g}")
 
 
 def build_model(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Model:

@@ -8,6 +8,7 @@ for that one alone. `every_token` counts them for all tokens, which is what most
 """
 
 import math
+import platform
 import statistics
 import time
 from collections import Counter
@@ -132,12 +133,28 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     return square.flops / _seconds_of_one(square, device, dtype)
 
 
+def native_precision(device: torch.device) -> Precision:
+    """bf16 where the device says that it has instructions for it, else fp32. Nothing is timed: it is the same at every
+    call, which what is timed (`faster_precision`) need not be where both take about as long."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return "fp32"
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        there = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    else:
+        # Not what oneDNN says, which takes any AVX-512 for enough, and then is several times slower than in float32.
+        # Where there is AMX there is its bf16. torch.cpu.get_capabilities, which is public, is younger than torch 2.9.
+        there = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if there else "fp32"
+
+
 def faster_precision(device: torch.device) -> Precision:
     """The one that is worth training in: bf16 on CUDA devices that have it; on a CPU, the one whose matrix products are
     the faster here, for some processors have instructions for bf16 and others take several times as long for it; fp32
     elsewhere."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return native_precision(device)
     if device.type != "cpu":
         return "fp32"
     rates = {precision: matrix_rate(device, dtype, 512) for precision, dtype in DTYPES.items()}

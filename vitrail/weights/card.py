@@ -35,12 +35,18 @@ print(model.pretrained_cfg["label_names"][int(logits.argmax())])""",
 @dataclass(frozen=True)
 class Record:
     """What a run measured: `results.json`, the last entry of `environment.json`, the settings of the recipe that were
-    changed for it, and the name of the weights that it began with, if these were not random."""
+    changed for it, the name of the weights that it began with, if these were not random, and whether those that it
+    keeps are a running average.
+
+    Recipes change from one version to the next, and their names stay: `settings` are all that the run had otherwise
+    than a recipe has that says nothing."""
 
     results: Mapping[str, Any]
     launch: Mapping[str, Any]
     changed: Mapping[str, Any]
+    settings: Mapping[str, Any]
     began: str = ""
+    averaged: bool = False
 
 
 def model_card(model: Imported, library: str, name: str, record: Record | None) -> str:
@@ -53,14 +59,17 @@ def model_card(model: Imported, library: str, name: str, record: Record | None) 
         record: what the run measured, if it was trained to its end.
 
     Raises:
-        KeyError, TypeError, ValueError: the record is not as Vitrail wrote it.
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: the results in the record are not as
+            Vitrail wrote them.
     """
     parts = [_head(library), f"# {name}", _model(model)]
-    parts.append(_measured(record) if record else "No figures were measured by Vitrail for these weights.")
+    parts.append(measured(record) if record else "No figures were measured by Vitrail for these weights.")
     parts += [_images(model), "## Use", f"```python\n{LOADED[library].replace('FOLDER', name)}\n```"]
     parts.append(f"In Vitrail: `vitrail.load({name!r})`, or `vitrail import {name} --output RUN`.")
     parts += ["## License", "None is stated here: whoever passes the weights on says so, in the head of this file too."]
-    return "\n\n".join(parts) + "\n"
+    # Names may have what UTF-8 has not: halves of characters, and bytes of file names that are no text.
+    text = "\n\n".join(parts) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _head(library: str) -> str:
@@ -86,24 +95,34 @@ def _model(model: Imported) -> str:
     )
 
 
-def _measured(record: Record) -> str:
-    """What came out, on what, and what it cost."""
+def measured(record: Record) -> str:
+    """What came out, on what, how it was trained, and what that cost: a section of the card. It raises what
+    `model_card` does."""
     results, launch = record.results, record.launch
-    settings = ", ".join(f"{name} {value}" for name, value in record.changed.items())
-    changed = f" with {settings}" if settings else ""
+    changed = f", with {_listed(record.changed)}" if record.changed else ""
+    settings = f"{_listed(record.settings)}; " if record.settings else ""
+    program = f"Vitrail {launch['vitrail']}" if "vitrail" in launch else "Vitrail"
+    recipe = f"`{results['recipe']}`, as {program} then had it{changed}"
     threads = f", {counted(launch['threads'], 'thread')}" if "threads" in launch else ""
     hardware = launch.get("gpu") or f"{launch.get('cpu', 'a processor')}{threads}"
     rows = {
         "top-1": f"{results['top1']:.4f}", "top-5": f"{results['top5']:.4f}", "loss": f"{results['loss']:.4f}",
         "measured on": f"{counted(results['count'], 'image')}: {results['dataset']}, {results['split']}",
-        "recipe": f"`{results['recipe']}` of Vitrail {launch.get('vitrail', '')}{changed}, seed {results['seed']}",
+        "recipe": f"{recipe}, seed {results['seed']}",
         **({"began with": f"the weights of `{record.began}`"} if record.began else {}),
+        "settings": f"{settings}all others are the defaults of that version",
         "epochs": f"{results['epochs']} of {results['epochs_planned']}; {results['samples_seen']:,} images seen",
         "training time": f"{duration(results['train_seconds'])} on {hardware}, {results['precision']}",
         "commit": launch.get("commit") or "not known",
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"## Measured\n\nOne run, the weights of its last step.\n\n| | |\n| --- | --- |\n{table}"
+    weights = "the running average of its weights over the steps" if record.averaged else "the weights of its last step"
+    return f"## Measured\n\nOne run, {weights}.\n\n| | |\n| --- | --- |\n{table}"
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    """`crop 6, hidden_size 128`."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _images(model: Imported) -> str:

@@ -30,7 +30,17 @@ from vitrail.settings import Recipe
 from vitrail.vit import models
 from vitrail.vit.config import HALF, Colours, ViTConfig, check_colours, shorten
 from vitrail.vit.models import Config, Model
-from vitrail.weights.files import check_weights, read_json, read_tensors, write_tensors, write_text
+from vitrail.weights.files import (
+    check_weights,
+    compare_shapes,
+    reachable,
+    read_json,
+    read_shapes,
+    read_tensors,
+    shapes_of,
+    write_tensors,
+    write_text,
+)  # fmt: skip
 
 RENAMED = {"average": "ema_decay", "decay_share": "cooldown"}  # settings of run folders from before the first release
 
@@ -61,15 +71,16 @@ class Run:
             BadInput: there is no folder of that name, or it is no run folder.
         """
         path = Path(path)
-        if path.is_file():
-            raise BadInput(f"{path} is a file, not a run folder.")
-        if not path.is_dir():
-            raise BadInput(f"there is no run folder {path}.")
-        if not (path / "recipe.yaml").is_file() and not (path / "model" / "config.json").is_file():
-            mend = ""
-            if (path / "config.json").is_file():
-                mend = f" vitrail import {path} --output runs/{path.resolve().name} makes one of its weights."
-            raise BadInput(f"{path} is no run folder: it has neither a recipe.yaml nor a model/config.json.{mend}")
+        with reachable(path):
+            if path.is_file():
+                raise BadInput(f"{path} is a file, not a run folder.")
+            if not path.is_dir():
+                raise BadInput(f"there is no run folder {path}.")
+            if not (path / "recipe.yaml").is_file() and not (path / "model" / "config.json").is_file():
+                mend = ""
+                if (path / "config.json").is_file():
+                    mend = f" vitrail import {path} --output runs/{path.resolve().name} makes one of its weights."
+                raise BadInput(f"{path} is no run folder: it has neither a recipe.yaml nor a model/config.json.{mend}")
         return cls(path)
 
     @property
@@ -135,7 +146,7 @@ class Run:
             return json.loads(path.read_text(encoding="utf-8"))["launches"]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{path} is damaged: {error}.") from None
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
@@ -235,8 +246,8 @@ class Run:
         """
         config, classes = self.config()
         path = self.path / "model" / "model.safetensors"
-        tensors, _ = read_tensors(path)
-        layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        shapes = read_shapes(path)
+        layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
         if isinstance(config, ViTConfig) and layers != config.num_layers:  # before a thousand of them are built
             says = self.path / "model" / "config.json"
             raise BadInput(f"{says} says num_layers = {config.num_layers}, and {path} has {layers}.")
@@ -244,6 +255,9 @@ class Run:
             model = models.build(config)
         if len(classes) != config.num_classes:
             raise BadInput(f"{self.path}/model/config.json names {len(classes)} classes of {config.num_classes}.")
+        # Before values are read: what has no place may be of any size.
+        compare_shapes(shapes_of(model.state_dict()), shapes, path)
+        tensors, _ = read_tensors(path)
         check_weights(model.state_dict(), tensors, path)
         model.load_state_dict(tensors, assign=True)
         return model, classes

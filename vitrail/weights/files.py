@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from vitrail.errors import BadInput, first_of
 from vitrail.vit.config import shorten
+
+Shapes = Mapping[str, tuple[int, ...]]  # of weights, by their names
 
 MOST_JSON = 1 << 25  # bytes: the names of ImageNet-21k's classes take a thirtieth of it
 
@@ -62,20 +65,60 @@ def write_tensors(
     write(path, save)
 
 
+@contextmanager
+def reachable(path: Path) -> Iterator[None]:
+    """Look for what is in a file or folder, and say of which it was that the system would not tell.
+
+    Raises:
+        BadInput: the name is too long, say, or others may not look into it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path} cannot be opened: {(error.strerror or str(error)).lower()}.") from None
+
+
+def check_plain(path: Path) -> None:
+    """See to it that a file is one that can be read from its beginning to its end; a pipe would be waited for.
+
+    Raises:
+        BadInput: it is missing, or something else, such as a folder.
+    """
+    with reachable(path):
+        if not path.is_file():
+            raise BadInput(f"{path} is {'no regular file' if path.exists() else 'missing'}.")
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and what was said `about` them.
 
     Raises:
         BadInput: there is no such file, or it is damaged.
     """
+    with _opened(path) as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        names = file.keys()  # of something that is no dict
+        return {name: torch.from_numpy(file.get_tensor(name)) for name in names}, about
+
+
+def read_shapes(path: Path) -> Shapes:
+    """The shapes of the tensors of a file, of which nothing else is read.
+
+    Raises:
+        BadInput: as `read_tensors`.
+    """
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    check_plain(path)
     try:
         # For PyTorch it would open the file a second time, which a running training may have replaced meanwhile.
         with safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            names = file.keys()  # of something that is no dict
-            return {name: torch.from_numpy(file.get_tensor(name)) for name in names}, about
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing.") from None
+            yield file
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:  # NumPy has no bfloat16
         raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}.") from None
 
@@ -99,12 +142,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: it is missing, damaged or too large, or holds something else.
     """
+    check_plain(path)
     try:
         if (size := path.stat().st_size) > MOST_JSON:
             raise BadInput(f"{path} has {size:,} bytes: it is not read.")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing.") from None
     except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
@@ -127,8 +169,22 @@ def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], path: P
         raise BadInput(f"the weights of {path} are broken: {first_of(broken, 3)} have NaN or infinite values.")
 
 
-def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
     """Compare the names and shapes of weights.
+
+    Raises:
+        BadInput: as `compare_shapes`.
+    """
+    compare_shapes(shapes_of(expected), shapes_of(found), path)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """The shapes of tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def compare_shapes(expected: Shapes, found: Shapes, path: Path) -> None:
+    """Compare what weights are called, and the shapes that they have, with what a model wants.
 
     Raises:
         BadInput: some are missing, unexpected or misshapen; the message lists them.
@@ -136,9 +192,9 @@ def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Pa
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unexpected" for name in found if name not in expected]
     problems += [
-        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name} has shape {shorten(found[name])} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""

@@ -20,7 +20,7 @@ from vitrail.data.images import MARGIN
 from vitrail.errors import BadInput, first_of
 from vitrail.vit.config import ADDITIONS, HALF, Colours, ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.files import check_shapes
+from vitrail.weights.files import check_plain, check_shapes
 
 # The names that another library has for one of Vitrail's weights: several, if it keeps the rows of it apart.
 Names = Callable[[str], tuple[str, ...]]
@@ -66,7 +66,7 @@ def section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, mend: str) -> dict[str, Tensor]:
-    """The weights of a folder, in float32.
+    """The weights of a folder. They stay in its file, and take no memory, until something is done with their values.
 
     Args:
         folder: has `model.safetensors`.
@@ -76,18 +76,18 @@ def read_weights(folder: Path, mend: str) -> dict[str, Tensor]:
         BadInput: the file is missing or damaged, or holds something other than floats.
     """
     path = folder / "model.safetensors"
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(_instead(folder, mend))
-    found = {}
+    check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
-            for name in file.keys():  # noqa: SIM118  (it is no dict)
-                tensor = file.get_tensor(name)
-                if tensor.dtype not in FLOATS:
-                    raise BadInput(f"{path} has {name} of {tensor.dtype}, and not of floats of 16 bits or more.")
-                found[name] = tensor.to(torch.float32, copy=True)  # what it gives stays tied to the file
-    except (SafetensorError, OSError, ValueError) as error:
+            names = file.keys()  # of something that is no dict
+            found: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}.") from None
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATS:
+            raise BadInput(f"{path} has {name} of {tensor.dtype}, and not of floats of 16 bits or more.")
     return found
 
 
@@ -217,7 +217,8 @@ def to_theirs(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
 
 
 def to_ours(found: dict[str, Tensor], names: Names, config: ViTConfig, path: Path) -> dict[str, Tensor]:
-    """Another library's weights under Vitrail's names. A head may be missing.
+    """Another library's weights under Vitrail's names, in float32, no longer tied to the file that `read_weights` found
+    them in. A head may be missing.
 
     Raises:
         BadInput: others are missing, or unexpected, or of another shape than the config's; the message lists them.
@@ -227,8 +228,5 @@ def to_ours(found: dict[str, Tensor], names: Names, config: ViTConfig, path: Pat
     if not any(theirs in found for ours in HEAD for theirs in names(ours)):
         expected = {ours: tensor for ours, tensor in expected.items() if ours not in HEAD}
     check_shapes(to_theirs(expected, names), found, path)
-    return {ours: _joined([found[theirs] for theirs in names(ours)]) for ours in expected}
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # Joined, even one alone, they are a copy.
+    return {ours: torch.cat([found[name] for name in names(ours)]).to(torch.float32) for ours in expected}

@@ -16,7 +16,7 @@ from vitrail.vit.model import VisionTransformer
 from vitrail.vit.models import Model
 from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.files import check_weights, read_json
+from vitrail.weights.files import check_weights, reachable, read_json
 from vitrail.weights.formats import HEAD, PICKLES, Imported
 from vitrail.weights.official import read_official
 from vitrail.weights.timm_format import read_timm
@@ -55,9 +55,15 @@ def read(source: Path) -> Imported:
     Raises:
         BadInput: as `load`, and if it is a run of a ResNet.
     """
+    with reachable(source):
+        return _read(source)
+
+
+def _read(source: Path) -> Imported:
     if source.suffix == ".npz" and not source.is_dir():
         config, tensors = read_official(source)
-        return Imported(config, tensors, tuple(map(str, range(config.num_classes))))
+        classes = range(config.num_classes if HEAD[0] in tensors else 0)
+        return Imported(config, tensors, tuple(map(str, classes)))
     if source.is_file():
         pickled = ", a pickle by its name, which Vitrail never opens" if source.suffix in PICKLES else ""
         raise BadInput(f"{source} is a file{pickled}. Vitrail reads {UNDERSTOOD}.")
@@ -95,9 +101,14 @@ def _load_resnet(run: Run, image_size: int | None, num_classes: int | None) -> M
 
 
 def is_run(source: Path) -> bool:
-    """Whether it is a folder that is read as a run's."""
-    foreign = (source / "config.json").is_file()
-    return not foreign and any((source / name).exists() for name in ("recipe.yaml", "model/config.json"))
+    """Whether it is a folder that is read as a run's.
+
+    Raises:
+        BadInput: the system does not say what is in it.
+    """
+    with reachable(source):
+        foreign = (source / "config.json").is_file()
+        return not foreign and any((source / name).exists() for name in ("recipe.yaml", "model/config.json"))
 
 
 def _read_run(run: Run) -> Imported:

@@ -1,13 +1,18 @@
 """The official checkpoints: NumPy archives (`.npz`) with the names and layouts of Flax → Vitrail's.
 
-A file may come from anywhere: what it claims is compared with its size before memory is taken, and objects are refused.
+A file may come from anywhere. Of each array, the header comes first: what all of them say is compared with the file's
+size, and with the model that they are of, before the rest is read. Objects are refused.
 """
 
+import io
+import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,75 +20,118 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrail.errors import BadInput, first_of
-from vitrail.vit.config import ViTConfig
-
-Arrays = dict[str, NDArray[Any]]
-STATE = "opt/"  # what checkpoints of training have beside the weights
+from vitrail.errors import BadInput
+from vitrail.vit.config import ViTConfig, shorten
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.resnet import stride
+from vitrail.weights.files import Shapes, check_plain, compare_shapes
 
 INFLATED = 32  # an archive may be compressed, but trained weights hardly shrink: more than this is a trap
 SMALL = 1 << 24  # bytes: what any archive may hold
-# What encloses the weights in checkpoints with an optimizer's state, and in those of training code that came later.
-ENCLOSING = ("opt/target/", "params/")
+HEADER = 1 << 14  # bytes: room for the longest header that NumPy takes, whatever one says of its own length
+STAGES = 6  # of a ResNet: BiT has 4
+
+# What encloses the weights in checkpoints of training: beside it are an optimizer's state, clocks and the like.
+ENCLOSING = ("", "opt/target/", "params/", "opt/target/params/")
 # Released files number the parts of a block together, later code each kind by itself (convert_pre_linen in the
-# official checkpoint.py).
+# official checkpoint.py): these → those.
 RENAMED = {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0", "LayerNorm_2": "LayerNorm_1",
            "MlpBlock_3": "MlpBlock_0"}  # fmt: skip
+RELEASED = {later: released for released, later in RENAMED.items()}
+
+ATTENTION = "MultiHeadDotProductAttention_0"
+TOKENS = {"class_token": "cls", "position_embedding": "Transformer/posembed_input/pos_embedding"}
+ENDS = {
+    "patch_embedding.projection": "embedding", "norm": "Transformer/encoder_norm", "pre_logits": "pre_logits",
+    "head": "head", "resnet.root": "conv_root", "resnet.norm": "gn_root",
+}  # fmt: skip
+BLOCK = {
+    "attention_norm": ("LayerNorm_0",),
+    "attention.qkv": (f"{ATTENTION}/query", f"{ATTENTION}/key", f"{ATTENTION}/value"),
+    "attention.out": (f"{ATTENTION}/out",),
+    "mlp_norm": ("LayerNorm_1",),
+    "mlp.hidden": ("MlpBlock_0/Dense_0",),
+    "mlp.out": ("MlpBlock_0/Dense_1",),
+}
+UNIT = {
+    "conv1": "conv1", "norm1": "gn1", "conv2": "conv2", "norm2": "gn2", "conv3": "conv3", "norm3": "gn3",
+    "projection.0": "conv_proj", "projection.1": "gn_proj",
+}  # fmt: skip
+# The arrays that tell the shape of the model, and how many dimensions they have.
+EMBEDDING, POSITIONS = "embedding/kernel", TOKENS["position_embedding"]
+QUERY, HIDDEN = (f"Transformer/encoderblock_0/{part}/kernel" for part in (f"{ATTENTION}/query", "MlpBlock_0/Dense_0"))
+TELLING = {EMBEDDING: 4, POSITIONS: 3, QUERY: 3, HIDDEN: 2}
 
 
-class Used(dict[str, NDArray[Any]]):
-    """Arrays that know which of them were asked for."""
+class Header(NamedTuple):
+    """What an archive says of one of its arrays, whose values lie `start` bytes behind the beginning of its entry."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.used: set[str] = set()
+    entry: zipfile.ZipInfo
+    start: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        self.used.add(name)
-        return super().__getitem__(name)
+
+class Place(NamedTuple):
+    """Where one of Vitrail's weights lies: the arrays that its rows are divided into, and the shape of each of them,
+    in the file and in the weight."""
+
+    names: tuple[str, ...]
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a file spells the names that today's official code has: with what `prefix`, and whether it is `released`, and
+    numbers the parts of a block together."""
+
+    prefix: str
+    released: bool
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> "Spelling":
+        """That of a file with arrays of these names."""
+        prefix = max(ENCLOSING, key=lambda prefix: sum(name.startswith(f"{prefix}Transformer/") for name in names))
+        weights = [name for name in names if name.startswith(f"{prefix}Transformer/")]
+        return cls(prefix, any(part in RENAMED for name in weights for part in name.split("/")))
+
+    def __call__(self, name: str) -> str:
+        """The file's spelling of a name."""
+        parts = (RELEASED.get(part, part) if self.released else part for part in name.split("/"))
+        return self.prefix + "/".join(parts)
 
 
 def read_official(path: Path) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """A checkpoint of the official JAX code: the shape that its arrays tell, and its weights under Vitrail's names.
+    """A checkpoint of the official JAX code: the shape that its arrays tell, and its weights under Vitrail's names. The
+    head may be missing; the config's `num_classes` then says nothing.
 
     Raises:
-        BadInput: the file is missing or damaged, holds anything but numbers, or is no Vision Transformer's.
+        BadInput: the file is missing or damaged, or its arrays are not a Vision Transformer's; the message lists those
+            that are missing, unexpected or misshapen by the names that the file has for them.
     """
-    arrays = Used()
-    for name, array in _read(path).items():
-        if (named := _name(name)) in arrays:
-            raise BadInput(f"{path} has {named} twice, under two names.")
-        arrays[named] = array
-    try:
-        config = _config(arrays)
-        weights = {name: _tensor(array) for name, array in _weights(arrays, config)}
-    except KeyError as error:
-        raise BadInput(f"{path} is no checkpoint of the official Vision Transformer: {error} is missing.") from None
-    except (ValueError, IndexError, TypeError) as error:
-        raise BadInput(f"the arrays of {path} are not of the shapes of a Vision Transformer's: {error}.") from None
-    unread = sorted(name for name in arrays.keys() - arrays.used if not name.startswith(STATE))
-    if unread:
-        raise BadInput(f"{path} has arrays that Vitrail's model has no place for: {first_of(unread, 3)}.")
-    return config, weights
+    headers, spelled = _headers(path)
+    shapes = {name: header.shape for name, header in headers.items()}
+    config = _config(shapes, spelled, path)
+    with torch.device("meta"):
+        state = VisionTransformer(config).state_dict()
+    if spelled("head/kernel") not in shapes:
+        state = {ours: weight for ours, weight in state.items() if not ours.startswith("head.")}
+    places = {ours: _place(ours, weight, config.num_heads, shapes, spelled) for ours, weight in state.items()}
+    compare_shapes({name: place.theirs for place in places.values() for name in place.names}, shapes, path)
+    with _opened(path) as archive:
+        return config, {
+            ours: _weight([_values(archive, headers[name]) for name in place.names], place.ours)
+            for ours, place in places.items()
+        }
 
 
-def _read(path: Path) -> Arrays:
-    """All arrays of an archive, in float32."""
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
-            # As NumPy writes them. Others are unpacked whole, however little of it is asked for.
-            if {entry.compress_type for entry in archive.infolist()} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-                raise BadInput(f"{path} is compressed as NumPy compresses nothing: it is not read.")
-            held, there = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-            if held > max(SMALL, INFLATED * there):
-                raise BadInput(f"{path} has {there:,} bytes and says that it holds {held:,}: it is not read.")
-            found = {}
-            for entry in archive.infolist():
-                with archive.open(entry) as file:
-                    found[entry.filename.removesuffix(".npy")] = _array(file, entry.file_size)
-            return found
-    except FileNotFoundError:
-        raise BadInput(f"there is no file {path}.") from None
+            yield archive
     except BadInput:
         raise
     except Exception as error:  # zipfile, its decompressors and NumPy's parser have dozens for what is damaged
@@ -92,123 +140,157 @@ def _read(path: Path) -> Arrays:
         ) from None
 
 
-def _array(file: IO[bytes], size: int) -> NDArray[Any]:
-    """One array of an archive, which takes `size` bytes with its header."""
-    version = npy.read_magic(file)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
-    if dtype.kind not in "fiu":
-        raise ValueError(f"an array of {dtype} is not one of numbers")
-    count = int(np.prod(shape, dtype=object))
-    if not count or count * dtype.itemsize != size - file.tell():
-        raise ValueError(f"an array of shape {shape} is not what the {size:,} bytes there are")
-    left = size - file.tell()  # asked for by its length: without one, all that is packed would be unpacked first
-    flat = np.frombuffer(file.read(left), dtype).astype(np.float32)
-    return flat.reshape(shape, order="F" if fortran else "C")
+def _headers(path: Path) -> tuple[dict[str, Header], Spelling]:
+    """What an archive says of the arrays that are weights, by the names that it has for them, and how it spells these.
+
+    Raises:
+        BadInput: it is missing or damaged, or cannot be what it says.
+    """
+    if not path.exists():
+        raise BadInput(f"there is no file {path}.")
+    check_plain(path)
+    with _opened(path) as archive:
+        entries = [(entry.filename.removesuffix(".npy").replace("\\", "/"), entry) for entry in archive.infolist()]
+        spelled = Spelling.of([name for name, _ in entries])
+        entries = [(name, entry) for name, entry in entries if name.startswith(spelled.prefix)]
+        # As NumPy writes them. Others are unpacked whole, however little of it is asked for.
+        if {entry.compress_type for _, entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise BadInput(f"{path} is compressed as NumPy compresses nothing: it is not read.")
+        held, there = sum(entry.file_size for _, entry in entries), path.stat().st_size
+        if held > max(SMALL, INFLATED * there):
+            raise BadInput(f"{path} has {there:,} bytes and says that it holds {held:,}: it is not read.")
+        found: dict[str, Header] = {}
+        for name, entry in entries:
+            if name in found:
+                raise BadInput(f"{path} has {name} twice.")
+            found[name] = _header(archive, entry, f"{path} has {name}")
+        return found, spelled
 
 
-def _name(name: str) -> str:
-    """A name as today's official code has it."""
-    name = name.replace("\\", "/")
-    for prefix in ENCLOSING:
-        name = name.removeprefix(prefix)
-    return "/".join(RENAMED.get(part, part) for part in name.split("/"))
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, what: str) -> Header:
+    """What is said of an array; `what` it is, for messages."""
+    with archive.open(entry) as file:
+        begin = io.BytesIO(file.read(HEADER))
+    try:
+        version = npy.read_magic(begin)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(begin)
+    except ValueError as error:
+        raise ValueError(f"{entry.filename}: {error}") from None
+    # Integers are no weights, and one byte of them would become four.
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise BadInput(f"{what} of {dtype!s:.60}, and not of floats of 16, 32 or 64 bits.")
+    there = entry.file_size - begin.tell()
+    if min(shape, default=1) < 1 or math.prod(shape) * dtype.itemsize != there:
+        raise BadInput(f"{what} of shape {shorten(shape)} in {there:,} bytes: that cannot be.")
+    return Header(entry, begin.tell(), shape, fortran, dtype)
 
 
-def _config(arrays: Arrays) -> ViTConfig:
-    patch_size, _, _, hidden_size = arrays["embedding/kernel"].shape
-    classifier = "token" if "cls" in arrays else "gap"
-    tokens = arrays["Transformer/posembed_input/pos_embedding"].shape[1] - (classifier == "token")
-    shape: dict[str, Any] = {
-        "patch_size": patch_size,
-        "hidden_size": hidden_size,
-        "mlp_dim": arrays["Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"].shape[1],
-        "num_heads": arrays["Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1],
-        "num_layers": _count(arrays, r"Transformer/encoderblock_(\d+)/"),
-        "num_classes": arrays["head/kernel"].shape[1],
-        "classifier": classifier,
-        "representation_size": arrays["pre_logits/kernel"].shape[1] if "pre_logits/kernel" in arrays else None,
-        "resnet_blocks": _blocks(arrays),
+def _config(shapes: Shapes, spelled: Spelling, path: Path) -> ViTConfig:
+    """The shape of the model that arrays of these shapes are of.
+
+    Raises:
+        BadInput: there is no such model.
+    """
+    telling = TELLING | {
+        f"{part}/kernel": 2
+        for part in ("head", "pre_logits")
+        if any(name.startswith(spelled(f"{part}/")) for name in shapes)
     }
-    cell = ViTConfig(**shape | {"image_size": patch_size * 256}).cell  # of an image that surely divides
-    return ViTConfig(**shape, image_size=cell * round(tokens**0.5))
+    found = {name: shapes.get(spelled(name)) for name in telling}
+    if problems := [
+        f"{spelled(name)} {'is missing' if shape is None else f'has shape {shorten(shape)}'}"
+        for name, shape in found.items()
+        if shape is None or len(shape) != telling[name]
+    ]:
+        raise BadInput(f"{path} is no checkpoint of the official Vision Transformer: {'; '.join(problems)}.")
+    told = {name: shape for name, shape in found.items() if shape is not None}  # all of them
+    patches = told[POSITIONS][1] - (spelled("cls") in shapes)
+    grid = math.isqrt(patches)
+    if not patches or grid**2 != patches:
+        what = f"{patches:,} patches, which make no square, as Vitrail's images are"
+        raise BadInput(f"{path} has position embeddings for {what}.")
+    blocks = _blocks(shapes, spelled, path)
+    patch_size, _, _, hidden_size = told[EMBEDDING]
+    try:
+        return ViTConfig(
+            image_size=grid * patch_size * (1 if blocks is None else stride(blocks)),
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            mlp_dim=told[HIDDEN][1],
+            num_heads=told[QUERY][1],
+            num_layers=_count(shapes, spelled("Transformer/encoderblock_")),
+            num_classes=told["head/kernel"][1] if "head/kernel" in told else 1,
+            classifier="token" if spelled("cls") in shapes else "gap",
+            representation_size=told["pre_logits/kernel"][1] if "pre_logits/kernel" in told else None,
+            resnet_blocks=blocks,
+        )
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
 
 
-def _blocks(arrays: Arrays) -> tuple[int, ...] | None:
+def _blocks(shapes: Shapes, spelled: Spelling, path: Path) -> tuple[int, ...] | None:
     """Bottlenecks of each stage of the ResNet, if there is one."""
-    if "conv_root/kernel" not in arrays:
+    if spelled("conv_root/kernel") not in shapes:
         return None
-    stages = _count(arrays, r"block(\d+)/")
-    return tuple(_count(arrays, rf"block{stage}/unit(\d+)/") for stage in range(1, stages + 1))
+    if (stages := _count(shapes, spelled("block"))) > STAGES:
+        raise BadInput(f"{path} is of a ResNet with {stages:,} stages, and not of at most {STAGES}.")
+    return tuple(_count(shapes, spelled(f"block{stage}/unit")) for stage in range(1, stages + 1))
 
 
-def _count(arrays: Arrays, pattern: str) -> int:
-    """How many numbers there are at that place of the names."""
-    return len({found[1] for name in arrays if (found := re.match(pattern, name))})
+def _count(names: Collection[str], start: str) -> int:
+    """How many numbers there are behind that start of the names."""
+    return len({found[1] for name in names if (found := re.match(rf"{re.escape(start)}(\d+)/", name))})
 
 
-def _weights(arrays: Arrays, config: ViTConfig) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The arrays under Vitrail's names. Flax keeps a matrix as (in, out), a kernel as (height, width, in, out) and
-    attention's as (D, H, K)."""
-    yield "patch_embedding.projection.weight", arrays["embedding/kernel"].transpose(3, 2, 0, 1)
-    yield "patch_embedding.projection.bias", arrays["embedding/bias"]
-    yield "position_embedding", arrays["Transformer/posembed_input/pos_embedding"]
-    if config.classifier == "token":
-        yield "class_token", arrays["cls"]
-    if config.resnet_blocks is not None:
-        yield from _resnet(arrays, config.resnet_blocks)
-    for layer in range(config.num_layers):
-        yield from _block(arrays, f"Transformer/encoderblock_{layer}", f"blocks.{layer}", config.hidden_size)
-    yield from _affine(arrays, "Transformer/encoder_norm", "norm")
-    if config.representation_size:
-        yield from _dense(arrays, "pre_logits", "pre_logits")
-    yield from _dense(arrays, "head", "head")
+def _place(ours: str, weight: Tensor, heads: int, shapes: Shapes, spelled: Spelling) -> Place:
+    """Where one of Vitrail's weights lies. Flax keeps a matrix as (in, out), a kernel as (height, width, in, out), and
+    the heads of attention apart: (D, H, K) for queries, keys and values, (H, K, D) for what comes out."""
+    names = tuple(map(spelled, _names(ours, weight.ndim == 1)))
+    part = tuple(weight.chunk(len(names))[0].shape)
+    theirs = part
+    if len(part) == 4:
+        theirs = part[2], part[3], part[1], part[0]
+    elif len(part) == 2:
+        theirs = part[::-1]
+    elif ours.startswith("resnet.") and len(shapes.get(names[0], ())) == 4:
+        theirs = 1, 1, 1, *part  # as released files keep those of GroupNorm, and others do not
+    if ".attention.qkv." in ours:
+        theirs = *theirs[:-1], heads, theirs[-1] // heads
+    elif ours.endswith(".attention.out.weight"):
+        theirs = heads, theirs[0] // heads, *theirs[1:]
+    return Place(names, theirs, part)
 
 
-def _block(arrays: Arrays, theirs: str, ours: str, width: int) -> Iterator[tuple[str, NDArray[Any]]]:
-    """One encoder block."""
-    attention = f"{theirs}/MultiHeadDotProductAttention_0"
-    parts = [f"{attention}/{name}" for name in ("query", "key", "value")]
-    yield f"{ours}.attention.qkv.weight", np.concatenate([arrays[f"{p}/kernel"].reshape(width, width).T for p in parts])
-    yield f"{ours}.attention.qkv.bias", np.concatenate([arrays[f"{p}/bias"].reshape(width) for p in parts])
-    yield f"{ours}.attention.out.weight", arrays[f"{attention}/out/kernel"].reshape(width, width).T
-    yield f"{ours}.attention.out.bias", arrays[f"{attention}/out/bias"]
-    yield from _affine(arrays, f"{theirs}/LayerNorm_0", f"{ours}.attention_norm")
-    yield from _affine(arrays, f"{theirs}/LayerNorm_1", f"{ours}.mlp_norm")
-    yield from _dense(arrays, f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.mlp.hidden")
-    yield from _dense(arrays, f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.mlp.out")
+def _names(ours: str, vector: bool) -> tuple[str, ...]:
+    """What Flax calls one of Vitrail's weights; query, key and value are apart there."""
+    if ours in TOKENS:
+        return (TOKENS[ours],)
+    module, _, kind = ours.rpartition(".")
+    if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
+        theirs = [f"Transformer/encoderblock_{found[1]}/{part}" for part in BLOCK[found[2]]]
+    elif found := re.fullmatch(r"resnet\.stages\.(\d+)\.(\d+)\.(.+)", module):
+        theirs = [f"block{int(found[1]) + 1}/unit{int(found[2]) + 1}/{UNIT[found[3]]}"]
+    else:
+        theirs = [ENDS[module]]
+    kind = "bias" if kind == "bias" else "scale" if vector else "kernel"  # weights that are vectors are those of norms
+    return tuple(f"{part}/{kind}" for part in theirs)
 
 
-def _resnet(arrays: Arrays, blocks: tuple[int, ...]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The hybrid's ResNet."""
-    yield from _conv(arrays, "conv_root", "gn_root", "resnet.root", "resnet.norm")
-    for stage, count in enumerate(blocks):
-        for unit in range(count):
-            theirs, ours = f"block{stage + 1}/unit{unit + 1}", f"resnet.stages.{stage}.{unit}"
-            for number in (1, 2, 3):
-                at = f"{theirs}/conv{number}", f"{theirs}/gn{number}", f"{ours}.conv{number}", f"{ours}.norm{number}"
-                yield from _conv(arrays, *at)
-            if f"{theirs}/conv_proj/kernel" in arrays:
-                at = f"{theirs}/conv_proj", f"{theirs}/gn_proj", f"{ours}.projection.0", f"{ours}.projection.1"
-                yield from _conv(arrays, *at)
+def _values(archive: zipfile.ZipFile, header: Header) -> NDArray[np.float32]:
+    """The values of an array, in float32."""
+    with archive.open(header.entry) as file:
+        file.read(header.start)
+        # Asked for by its length: without one, all that is packed would be unpacked first.
+        flat = np.frombuffer(file.read(header.entry.file_size - header.start), header.dtype)
+    with np.errstate(over="ignore"):  # what float32 has no room for becomes infinite, which is refused by name
+        return flat.astype(np.float32).reshape(header.shape, order="F" if header.fortran else "C")
 
 
-def _conv(arrays: Arrays, kernel: str, norm: str, our_kernel: str, our_norm: str) -> Iterator[tuple[str, NDArray[Any]]]:
-    """A convolution and its GroupNorm, which released files keep as (1, 1, 1, C)."""
-    yield f"{our_kernel}.weight", arrays[f"{kernel}/kernel"].transpose(3, 2, 0, 1)
-    yield f"{our_norm}.weight", arrays[f"{norm}/scale"].reshape(-1)
-    yield f"{our_norm}.bias", arrays[f"{norm}/bias"].reshape(-1)
-
-
-def _affine(arrays: Arrays, theirs: str, ours: str) -> Iterator[tuple[str, NDArray[Any]]]:
-    yield f"{ours}.weight", arrays[f"{theirs}/scale"]
-    yield f"{ours}.bias", arrays[f"{theirs}/bias"]
-
-
-def _dense(arrays: Arrays, theirs: str, ours: str) -> Iterator[tuple[str, NDArray[Any]]]:
-    yield f"{ours}.weight", arrays[f"{theirs}/kernel"].T
-    yield f"{ours}.bias", arrays[f"{theirs}/bias"]
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+def _weight(parts: list[NDArray[np.float32]], shape: tuple[int, ...]) -> Tensor:
+    """One of Vitrail's weights, of arrays that each become rows of it, of that shape."""
+    if len(shape) == 4:
+        parts = [part.transpose(3, 2, 0, 1) for part in parts]
+    elif len(shape) == 2:
+        parts = [part.reshape(shape[::-1]).T for part in parts]
+    return torch.cat([torch.from_numpy(part.reshape(shape)) for part in parts]).contiguous()

@@ -1,5 +1,5 @@
-"""Folders of timm's VisionTransformer, as `timm.models.save_for_hf` writes them and `create_model("local-dir:FOLDER")`
-loads them.
+"""Folders of timm's VisionTransformer and its hybrids, as `timm.models.save_for_hf` writes them and
+`create_model("local-dir:FOLDER")` loads them.
 
     config.json          architecture, what was changed in it (`model_args`), preprocessing (`pretrained_cfg`)
     model.safetensors
@@ -9,12 +9,16 @@ import json
 import math
 import re
 from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vitrail.errors import BadInput
 from vitrail.settings import Classifier
 from vitrail.vit.config import Colours, Gelu, ViTConfig, check_colours, shorten
+from vitrail.vit.resnet import stride
+from vitrail.weights import timm_hybrid
 from vitrail.weights.files import read_json, write_tensors, write_text
 from vitrail.weights.formats import (
     Imported,
@@ -47,7 +51,7 @@ FOREIGN = {
     r"\.attn\.(q_norm|k_norm|q_bias|rel_pos|scale_norm|norm)": "attention of another kind",
     r"^norm_pre": "a norm before the first block",
     r"^attn_pool": "pooling by attention",
-    r"^patch_embed\.(backbone|norm)": "a network in front, or a norm behind the patches",
+    r"^patch_embed\.norm": "a norm behind the patches",
     r"^mask_token": "a token for masked patches",
     r"\.(attns|ffns)\.": "parallel parts in each block",
     r"\.mlp\.(norm|fc1_g|fc1_x|w12|w3|gate)": "an MLP of another kind",
@@ -77,8 +81,10 @@ KNOWN = {
 }  # fmt: skip
 
 
-def names(ours: str) -> tuple[str, ...]:
-    """What timm calls one of Vitrail's weights."""
+def names(ours: str, stages: timm_hybrid.Stages | None = None) -> tuple[str, ...]:
+    """What timm calls one of Vitrail's weights; `stages` are those of the ResNet in front."""
+    if ours.startswith("resnet."):
+        return (timm_hybrid.name(ours, stages),)
     if ours in TOKENS:
         return (TOKENS[ours],)
     module, _, kind = ours.rpartition(".")
@@ -101,17 +107,23 @@ def read_timm(folder: Path) -> Imported:
     weights = read_weights(folder, MEND)
     refuse(weights, FOREIGN, weights_at)
     _check_options(options, at)
-    heads = _heads(config, options, at)
+    architecture = _architecture(config, at)
+    blocks = timm_hybrid.read_stages(architecture, weights, at, weights_at)
+    heads = options.get("num_heads", OTHER_HEADS.get(architecture, HEADS[architecture.split("_")[1]]))
     classifier = _classifier(config, options, weights, at)
     if "norm.weight" not in weights:  # it is behind the pooling, of the class token: that comes to the same
         weights = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in weights.items()}
-    shape = measure(weights, names, weights_at)
+    named = partial(names, stages=blocks)
+    shape = measure(weights, named, weights_at)
+    if blocks is not None:  # patches are of the feature map, and so are the channels that are projected
+        sides = shape.image_size * stride(blocks)
+        shape = replace(shape, image_size=sides, channels=timm_hybrid.channels(weights, blocks))
     compare(_said(config, options, seen, shape), at, weights_at)
     ours = shape.config(
         at, num_heads=heads, classifier=classifier, gelu=_gelu(options, at),
-        layer_norm_eps=EPSILON, dropout=options.get("proj_drop_rate", 0.0),
+        layer_norm_eps=EPSILON, dropout=options.get("proj_drop_rate", 0.0), resnet_blocks=blocks,
     )  # fmt: skip
-    tensors = to_ours(weights, names, ours, weights_at)
+    tensors = to_ours(weights, named, ours, weights_at)
     classes = _classes(config, seen, shape.num_classes, at)
     return Imported(ours, tensors, classes, *_colours(seen, at), _shorter_side(seen, ours.image_size))
 
@@ -175,20 +187,20 @@ def _classifier(config: dict[str, Any], options: dict[str, Any], weights: Collec
     )
 
 
-def _heads(config: dict[str, Any], options: dict[str, Any], path: Path) -> Any:
-    """How many heads there are.
+def _architecture(config: dict[str, Any], path: Path) -> str:
+    """Which one it is.
 
     Raises:
-        BadInput: the architecture is none that is known to be like Vitrail's model.
+        BadInput: it is none that is known to be like Vitrail's model.
     """
     name = config.get("architecture")
-    found = re.fullmatch(ARCHITECTURE, name) if isinstance(name, str) else None
-    if not isinstance(name, str) or not found:
-        raise BadInput(
-            f"{path} is of the architecture {shorten(name)}. Vitrail reads those of timm that differ from its own "
-            "model in nothing: vit_SIZE_patchP_S and deit_SIZE_patchP_S, of size tiny to gigantic."
-        )
-    return options.get("num_heads", OTHER_HEADS.get(name, HEADS[found[1]]))
+    if isinstance(name, str) and (re.fullmatch(ARCHITECTURE, name) or timm_hybrid.stages_named(name) is not None):
+        return name
+    raise BadInput(
+        f"{path} is of the architecture {shorten(name)}. Vitrail reads those of timm that differ from its own "
+        "model in nothing: vit_SIZE_patchP_S and deit_SIZE_patchP_S, of size tiny to gigantic; and the hybrids of the "
+        f"official code, vit_SIZE_R_S, with {', '.join(timm_hybrid.STAGES)} for R."
+    )
 
 
 def _gelu(options: dict[str, Any], path: Path) -> Gelu:
@@ -242,12 +254,13 @@ def check_timm(config: ViTConfig) -> None:
         BadInput: it has not; the message names the option that stands in the way.
     """
     for name, value, plain in (
-        ("representation_size", config.representation_size, None), ("resnet_blocks", config.resnet_blocks, None),
+        ("representation_size", config.representation_size, None),
         ("layer_norm_eps", config.layer_norm_eps, EPSILON),
     ):  # fmt: skip
         if value != plain:
             only = f": it is always {EPSILON:g} there" if name == "layer_norm_eps" else ""
             raise BadInput(f"timm's VisionTransformer has no {name} = {shorten(value)}, as this model has it{only}.")
+    timm_hybrid.check_stages(config)
     refuse_additions(config, "timm")
 
 
@@ -256,21 +269,29 @@ def write_timm(folder: Path, model: Imported, card: str) -> None:
     README.
 
     Raises:
-        BadInput: timm has no such model.
+        BadInput: timm has no such model, or a hybrid of it has other logits there.
     """
     check_timm(model.config)
-    write_tensors(folder / "model.safetensors", to_theirs(model.tensors, names), metadata={"format": "pt"})
-    write_text(folder / "config.json", json.dumps(_written_config(model), indent=2, ensure_ascii=False) + "\n")
+    if model.config.resnet_blocks is not None:
+        timm_hybrid.check_epsilons(model)
+    weights = to_theirs(model.tensors, partial(names, stages=model.config.resnet_blocks))
+    write_tensors(folder / "model.safetensors", weights, metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(_written_config(model), indent=2) + "\n")
+    # Class names come from anywhere, and may have halves of characters in them, which UTF-8 cannot say.
     write_text(folder / "README.md", card)
 
 
 def _written_config(model: Imported) -> dict[str, Any]:
     """What config.json is to say: all of the shape, so that nothing hangs on what the architecture's name brings."""
     config, size = model.config, model.config.image_size
-    named = f"vit_{SIZES.get(config.hidden_size)}_patch{config.patch_size}_224"
+    named, first = f"vit_{SIZES.get(config.hidden_size)}_patch{config.patch_size}_224", "patch_embed.proj"
+    named = named if named in KNOWN else "vit_base_patch16_224"
+    if (stages := config.resnet_blocks) is not None:
+        named = timm_hybrid.architecture(stages, SIZES.get(config.hidden_size))
+        first = timm_hybrid.name("resnet.root.weight", stages).removesuffix(".weight")
     pool = "token" if config.classifier == "token" else "avg"
     return {
-        "architecture": named if named in KNOWN else "vit_base_patch16_224",
+        "architecture": named,
         "num_classes": config.num_classes,
         "num_features": config.hidden_size,
         "global_pool": pool,
@@ -301,7 +322,7 @@ def _written_config(model: Imported) -> dict[str, Any]:
             "std": list(model.std),
             "num_classes": config.num_classes,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
+            "first_conv": first,
             "classifier": "head",
         },
     }

@@ -206,8 +206,9 @@ def write_transformers(folder: Path, model: Imported, card: str) -> None:
     check_transformers(model.config)
     weights = to_theirs(model.tensors, names)
     write_tensors(folder / "model.safetensors", weights, metadata={"format": "pt"})  # without it, none are loaded
-    write_text(folder / "config.json", json.dumps(_written_config(model), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "config.json", json.dumps(_written_config(model), indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(_written_processor(model), indent=2) + "\n")
+    # Class names come from anywhere, and may have halves of characters in them, which UTF-8 cannot say.
     write_text(folder / "README.md", card)
 
 
