@@ -76,8 +76,8 @@ RECIPES: dict[str, Recipe] = {
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384, "num_heads": 2}, epochs=6),
     # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer.
     "coffee-cnn": Recipe(
-        **_FEW | {"data": "tiny-imagenet"}, architecture="resnet-18", resnet_width=32, first_size=32, first_share=0.8,
-        epochs=1,
+        **_FEW | {"data": "tiny-imagenet", "muon_lr": 0.1}, architecture="resnet-18", resnet_width=32, first_size=32,
+        first_share=0.8, epochs=1,
     ),
     # For seconds and minutes of an H100. Not measured: none was at hand. Both of tiny-imagenet go on from `vitrail
     # pretrain` by the same recipe (bench/h100.sh does both), of as many epochs, which see a quarter of the patches. At

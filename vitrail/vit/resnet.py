@@ -178,6 +178,8 @@ class ResNet(nn.Module):
         self, images: Float[Tensor, "B 3 height width"], checkpointed: bool = False
     ) -> Float[Tensor, "B W h w"]:
         """The feature map. `checkpointed` keeps only what enters each block for the backward pass."""
+        if images.device.type == "cpu":  # where colours come last, as batches have them, it would take twice the time
+            images = images.contiguous()
         x = F.relu(self.norm(self.root(images)))
         if self.pooled:
             x = F.max_pool2d(pad_same(x, 3, 2, -torch.inf), 3, stride=2)
