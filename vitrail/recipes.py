@@ -70,11 +70,12 @@ RECIPES: dict[str, Recipe] = {
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
     # vitrail train laptop: for processors with bf16. Measured 128 wide, for 16 epochs, in float32: 52 minutes of two
-    # cores of a Xeon, top-1 0.489 (results/laptop-128-wide-seed-0). coffee: 12.7 minutes, 0.399
-    # (results/coffee-tanh-seed-0).
+    # cores of a Xeon, top-1 0.489 (results/laptop-128-wide-seed-0). coffee: 9 minutes of two cores of a Zen 4 EPYC,
+    # 0.397 (results/coffee-bf16-seed-0); 12.7 of the Xeon, 0.399 (results/coffee-tanh-seed-0).
     "laptop": Recipe(**_HOUR, epochs=25, stochastic_depth=0.1),
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384, "num_heads": 2}, epochs=6),
-    # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer.
+    # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer: 0.175
+    # (results/coffee-cnn-seed-0).
     "coffee-cnn": Recipe(
         **_FEW | {"data": "tiny-imagenet", "muon_lr": 0.1}, architecture="resnet-18", resnet_width=32, first_size=32,
         first_share=0.8, epochs=1,
