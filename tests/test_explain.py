@@ -18,6 +18,7 @@ import vitrail
 from vitrail.errors import BadInput
 from vitrail.explanation import explain, passage
 from vitrail.settings import Classifier
+from vitrail.vit import fused
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import Attention, VisionTransformer
 from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
@@ -90,6 +91,7 @@ def test_gradient_rollout_is_equations_5_and_6(config: ViTConfig, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(Attention, "softmax", staticmethod(keep))
+        patch.setattr(fused, "CUSTOM_GRADIENTS", False)  # of which weights are no part that others can see
         logits = model.forward_head(model.forward_encoder(model.embed(images)))  # the whole of all layers
     assert len(kept) == config.num_layers
     gradients = torch.autograd.grad(logits[range(3), classes].sum(), kept)

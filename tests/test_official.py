@@ -231,3 +231,15 @@ def test_archives_of_changed_arrays_are_refused_or_read_and_nothing_else(case: s
         path.unlink()
     assert MUTATED / 4 < len(refusals) < MUTATED
     assert all(str(path) in refusal for path, refusal in refusals.items())
+
+
+def test_one_misshapen_array_of_an_mlp_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """Though the width of the MLP is read from such arrays."""
+    arrays = arrays_of("token")
+    name = "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"
+    arrays[name] = arrays[name][:, :-1]
+    save(tmp_path / "a.npz", arrays)
+    with pytest.raises(BadInput) as refused:
+        vitrail.load(tmp_path / "a.npz")
+    assert f"{name} has shape (48, 95) instead of (48, 96)" in str(refused.value)
+    assert "bias" not in str(refused.value)

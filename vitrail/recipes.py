@@ -74,8 +74,8 @@ RECIPES: dict[str, Recipe] = {
     # 0.397 (results/coffee-bf16-seed-0); 12.7 of the Xeon, 0.399 (results/coffee-tanh-seed-0).
     "laptop": Recipe(**_HOUR, epochs=25, stochastic_depth=0.1),
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384, "num_heads": 2}, epochs=6),
-    # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer: 0.175
-    # (results/coffee-cnn-seed-0).
+    # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer:
+    # 0.175 (results/coffee-cnn-seed-0).
     "coffee-cnn": Recipe(
         **_FEW | {"data": "tiny-imagenet", "muon_lr": 0.1}, architecture="resnet-18", resnet_width=32, first_size=32,
         first_share=0.8, epochs=1,

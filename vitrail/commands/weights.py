@@ -67,7 +67,7 @@ def do_export(args: argparse.Namespace) -> str:
             f"{done.path}: {', '.join(files)}",
             f"parity: read back, its outputs on {done.images} random images differ from those of {args.run} by at most "
             f"{done.difference:.2g}",
-            f"        {args.to} is not to be had here, and was not asked"
+            f"        {args.to} is not installed here, or cannot be imported, and was not asked"
             if done.theirs is None
             else f"        those of {args.to} itself, by at most {done.theirs:.2g}",
             "        each as a share of the largest output, where that is above 1",

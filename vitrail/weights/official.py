@@ -8,6 +8,7 @@ import io
 import math
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,14 +213,15 @@ def _config(shapes: Shapes, spelled: Spelling, path: Path) -> ViTConfig:
         raise BadInput(f"{path} has position embeddings for {what}.")
     blocks = _blocks(shapes, spelled, path)
     patch_size, _, _, hidden_size = told[EMBEDDING]
+    layers = _count(shapes, spelled("Transformer/encoderblock_"))
     try:
         return ViTConfig(
             image_size=grid * patch_size * (1 if blocks is None else stride(blocks)),
             patch_size=patch_size,
             hidden_size=hidden_size,
-            mlp_dim=told[HIDDEN][1],
+            mlp_dim=_mlp_dim(shapes, spelled, layers),
             num_heads=told[QUERY][1],
-            num_layers=_count(shapes, spelled("Transformer/encoderblock_")),
+            num_layers=layers,
             num_classes=told["head/kernel"][1] if "head/kernel" in told else 1,
             classifier="token" if spelled("cls") in shapes else "gap",
             representation_size=told["pre_logits/kernel"][1] if "pre_logits/kernel" in told else None,
@@ -227,6 +229,16 @@ def _config(shapes: Shapes, spelled: Spelling, path: Path) -> ViTConfig:
         )
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def _mlp_dim(shapes: Shapes, spelled: Spelling, layers: int) -> int:
+    """The width that most arrays of the MLPs have, so that one that is misshapen is the one that is named."""
+    widths = Counter[int]()
+    for block in range(layers):
+        for part, axis in (("Dense_0/kernel", 1), ("Dense_0/bias", 0), ("Dense_1/kernel", 0)):
+            shape = shapes.get(spelled(f"Transformer/encoderblock_{block}/MlpBlock_0/{part}"), ())
+            widths.update(shape[axis : axis + 1])
+    return widths.most_common(1)[0][0]
 
 
 def _blocks(shapes: Shapes, spelled: Spelling, path: Path) -> tuple[int, ...] | None:
