@@ -224,7 +224,7 @@ def inference_unit(model: nn.Module, config: ViTConfig, batch: int, setting: Set
 
 
 def build(config: ViTConfig, setting: Setting) -> dict[str, nn.Module]:
-    """Every contender's model, on the device; those of `COMPILED` also as torch compiles them."""
+    """Every contender's model, on the device; some also as torch compiles them."""
     models = {name: prepared(make, config, setting.device) for name, make in setting.contenders.items()}
     torch.compiler.reset()  # or what was compiled for another model counts towards the limit of recompilations
     for name in setting.compiled:

@@ -22,7 +22,7 @@ from vitrail.vit.model import VisionTransformer
 from vitrail.weights.card import Record, model_card
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.files import read_json
-from vitrail.weights.formats import HEAD, Imported
+from vitrail.weights.formats import COMPARED, HEAD, TOLERANCE, Imported, random_images
 from vitrail.weights.load import build, read
 from vitrail.weights.timm_format import check_timm, write_timm
 from vitrail.weights.transformers_format import check_transformers, write_transformers
@@ -31,8 +31,6 @@ Library = Literal["transformers", "timm"]
 
 CHECK = {"transformers": check_transformers, "timm": check_timm}
 WRITE = {"transformers": write_transformers, "timm": write_timm}
-COMPARED = 2  # random images
-TOLERANCE = 1e-4  # between outputs of the run and of what was written, as `difference` has it
 NOT_TOLD = ("data", "device", "seed")  # settings that the card has no room for, or elsewhere
 # What the card takes from an entry of `environment.json`, where that has it, and of which types it is.
 LAUNCH: dict[str, tuple[type, ...]] = {
@@ -139,12 +137,6 @@ def within(folder: Path) -> Iterator[None]:
         raise
 
 
-def random_images(model: VisionTransformer) -> Float[Tensor, "B 3 S S"]:
-    """What models are compared on."""
-    size = model.config.image_size
-    return torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
 def difference(ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"]) -> float:
     """The largest between two outputs, as a share of the largest number of ours where that is above 1: float32 has
     seven digits, however large a number is. NaN where either has one."""
@@ -180,7 +172,7 @@ def compare_logits(model: VisionTransformer, theirs: nn.Module, head: str) -> fl
         "weight": torch.randn(model.head.weight.shape, generator=noise) / math.sqrt(model.config.hidden_size),
         "bias": torch.randn(model.head.bias.shape, generator=noise),
     }
-    images, differences = random_images(model), []
+    images, differences = random_images(model.config), []
     for weights in (own, random):
         logits = []
         for each, name in ((model, "head"), (theirs, head)):
@@ -194,7 +186,7 @@ def compare_logits(model: VisionTransformer, theirs: nn.Module, head: str) -> fl
 def compare_outputs(model: VisionTransformer, other: VisionTransformer) -> float:
     """The largest difference, on the same random images, between the logits of two models, and between the tokens that
     their heads read: a head that is still zero would hide any other."""
-    images, pairs = random_images(model), []
+    images, pairs = random_images(model.config), []
     for each in (model, other):
         tokens = each.forward_encoder(each.embed(images))
         pairs.append((tokens, each.forward_head(tokens)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +29,8 @@ Names = Callable[[str], tuple[str, ...]]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEAD = ("head.weight", "head.bias")
+COMPARED = 2  # random images
+TOLERANCE = 1e-4  # between outputs of the model and of what is written of it
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Imported:
     def resized_to(self) -> int:
         """What an image's shorter side is resized to, in pixels."""
         return self.shorter_side or round(self.config.image_size * MARGIN)
+
+
+def random_images(config: ViTConfig) -> Float[Tensor, "B 3 S S"]:
+    """What a model and what is written of it are compared on."""
+    size = config.image_size
+    return torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:

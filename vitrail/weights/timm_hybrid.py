@@ -21,7 +21,7 @@ from vitrail.errors import BadInput
 from vitrail.vit.config import ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.resnet import StdConv
-from vitrail.weights.formats import Imported
+from vitrail.weights.formats import TOLERANCE, Imported, random_images
 
 Stages = tuple[int, ...]
 
@@ -37,8 +37,6 @@ KNOWN = (
 )  # fmt: skip
 OURS, THEIRS = 1e-5, 1e-8  # added to a kernel's standard deviation, and to its variance
 GROUP_NORM_EPS = 1e-5  # of timm's GroupNormAct
-COMPARED = 2  # random images
-MOST = 1e-4  # between logits: more is no parity (exchange.py's tolerance)
 
 
 def name(ours: str, stages: Stages | None) -> str:
@@ -119,16 +117,15 @@ def check_epsilons(model: Imported) -> None:
     Raises:
         BadInput: some of its kernels are so small that timm's epsilons show.
     """
-    size = model.config.image_size
-    images = torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = random_images(model.config)
     with torch.inference_mode():
         difference = float((_built(model)(images) - as_timm_has_it(model)(images)).abs().max())
-    if difference > MOST:
+    if difference > TOLERANCE:
         raise BadInput(
-            f"timm would give other logits for this hybrid, by {difference:.2g}, and {MOST:g} is the most that Vitrail "
-            f"exports. Where the official code adds {OURS:g} to the standard deviation that the ResNet's kernels are "
-            f"divided by, timm adds {THEIRS:g} to the variance, and these kernels are small enough for it to show. "
-            "Such a model stays with Vitrail: vitrail.load takes it from where it is."
+            f"timm would give other logits for this hybrid, by {difference:.2g}, and {TOLERANCE:g} is the most that "
+            f"Vitrail exports. Where the official code adds {OURS:g} to the standard deviation that the ResNet's "
+            f"kernels are divided by, timm adds {THEIRS:g} to the variance, and these kernels are small enough for it "
+            "to show. Such a model stays with Vitrail: vitrail.load takes it from where it is."
         )
 
 
