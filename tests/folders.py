@@ -15,7 +15,7 @@ from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.variants import VARIANTS
 from vitrail.weights.card import model_card
-from vitrail.weights.exchange import CHECK, WRITE, Library
+from vitrail.weights.exchange import WRITE, Library, check_options
 from vitrail.weights.formats import Imported
 
 LIBRARIES: tuple[Library, ...] = ("transformers", "timm")
@@ -42,7 +42,7 @@ def sayable() -> Iterator[Any]:
         small = replace(config, num_layers=2, num_classes=3)
         for library in LIBRARIES:
             try:
-                CHECK[library](small)
+                check_options(small, library)
             except BadInput:
                 assert library == "transformers"
                 assert config.resnet_blocks is not None or config.classifier == "gap"

@@ -13,6 +13,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from safetensors.torch import load_file
 
 import vitrail
 from vitrail.cli import main
+from vitrail.data.archives import cache_root
 from vitrail.data.images import to_pixels
 from vitrail.errors import BadInput
 from vitrail.evaluation.evaluate import predict_files
@@ -35,7 +38,7 @@ from vitrail.settings import Recipe
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.variants import VARIANTS
-from vitrail.weights import exchange, timm_hybrid
+from vitrail.weights import exchange, formats, timm_hybrid
 from vitrail.weights.card import model_card
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.exchange import Library, export_model, import_run
@@ -152,6 +155,10 @@ def test_import_that_fails_leaves_nothing(
     ):
         assert says in refused(capsys, "import", *words, "--output", tmp_path / "run")
     assert "the following arguments are required: --output" in refused(capsys, "import", GOLDEN / "token.npz")
+    below = tmp_path / "cut.npz" / "deep" / "run"
+    assert "cut.npz is a file, and nothing can lie in it" in refused(
+        capsys, "import", GOLDEN / "token.npz", "--output", below
+    )
 
     def full(self: Run, *args: Any) -> None:
         (self.path / "model").mkdir()
@@ -189,6 +196,62 @@ def test_predictions_are_of_images_that_are_normalised_as_the_weights_want(
     found = {guess["class"]: guess["probability"] for guess in answer["predictions"]}
     assert [found[name] for name in DIGITS] == pytest.approx(expected.tolist(), abs=1e-5)
     assert "noise.png" in typed("predict", run, tmp_path / "noise.png")
+
+
+@torch.no_grad()
+def test_large_images_are_made_ready_as_what_is_exported_says(trained: Path, tmp_path: Path) -> None:
+    """The shorter side to that of the images that were learnt from, 16 pixels, and not to 18: by `predict` of a run and
+    of what was exported of it, and by `evaluate`."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 64, 3), np.uint8)
+    for name in DIGITS[:2]:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.fromarray(noise).save(tmp_path / "photos" / name / "large.png")
+    files = [tmp_path / "photos" / name / "large.png" for name in DIGITS[:2]]
+    square = np.array(Image.fromarray(noise).resize((16, 22), Image.Resampling.BICUBIC))[3:19]
+    expected = torch.softmax(vitrail.load(trained)(torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1), 1)[0]
+    for library in ("timm", "transformers"):
+        export_model(trained, library, tmp_path / library)
+    for source in (trained, tmp_path / "timm", tmp_path / "transformers"):
+        answer, _ = predict_files(source, files, top=10)
+        found = {guess["class"]: guess["probability"] for guess in answer["predictions"]}
+        assert [found[name] for name in DIGITS] == pytest.approx(expected.tolist(), abs=1e-5)
+        for _ in range(2):  # the second time from the cache
+            figures = json.loads(typed("evaluate", source, "--data", tmp_path / "photos", "--json"))
+            assert figures["loss"] == pytest.approx(-float(expected[:2].log().mean()), abs=1e-4)
+    # Where they are of that size already, they are not decoded anew.
+    before = len(list(cache_root().iterdir()))
+    for data in (None, "digits"):
+        typed("evaluate", trained, *(() if data is None else ("--data", data)))
+    assert len(list(cache_root().iterdir())) == before
+
+
+def test_weights_from_elsewhere_are_used_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = GOLDEN / "token.npz"
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    (answer,) = json.loads(typed("predict", checkpoint, tmp_path / "red.png", "--json"))
+    run, _ = import_run(checkpoint, tmp_path / "run")
+    assert json.loads(typed("predict", run.path, tmp_path / "red.png", "--json")) == [answer]
+    (tmp_path / "photos" / answer["predictions"][0]["class"]).mkdir(parents=True)
+    shutil.copy(tmp_path / "red.png", tmp_path / "photos" / answer["predictions"][0]["class"])
+    figures = json.loads(typed("evaluate", checkpoint, "--data", tmp_path / "photos", "--json"))
+    assert (figures["recipe"], figures["count"], figures["top1"]) == ("token.npz", 1, 1.0)
+    assert "has no images of its own. Say with --data D" in refused(capsys, "evaluate", checkpoint)
+    with np.load(checkpoint) as file:
+        np.savez(tmp_path / "headless.npz", **{name: file[name] for name in file if not name.startswith("head/")})
+    said = refused(capsys, "predict", tmp_path / "headless.npz", tmp_path / "red.png")
+    assert "headless.npz has no head, and so no classes. Train it on images of yours: vitrail train --from" in said
+
+
+def test_names_that_utf8_cannot_say_are_escaped_in_json(tmp_path: Path) -> None:
+    saved(tmp_path / "run", replace(SHAPE, num_classes=2))
+    change(tmp_path / "run" / "model" / "config.json", classes=["\ud800", "b"])
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    process = subprocess.run(
+        [sys.executable, "-m", "vitrail", "predict", tmp_path / "run", tmp_path / "black.png", "--json"],
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    (answer,) = json.loads(process.stdout)
+    assert {guess["class"] for guess in answer["predictions"]} == {"\ud800", "b"}
 
 
 def test_an_imported_run_is_evaluated_on_data_that_is_named(
@@ -343,7 +406,7 @@ def test_images_of_exported_runs_are_as_large_as_those_that_were_measured(traine
         said = json.loads((tmp_path / source.name / "vit" / "preprocessor_config.json").read_text("utf-8"))
         assert said["size"] == {"shortest_edge": side}
         card = (tmp_path / source.name / "vit" / "README.md").read_text("utf-8")
-        assert ("had been brought to that size" in card) == (side == 16)
+        assert ("So were those that it learnt from, and so are those that `vitrail predict`" in card) == (side == 16)
         assert ("enlarges smaller images to 16 only" in card) == (side == 18)
 
 
@@ -380,8 +443,8 @@ def test_export_that_fails_leaves_nothing(
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for source, library, output, says in (
-        (tmp_path / "gap", "transformers", "new", "has no classifier = 'gap'"),
-        (tmp_path / "deep", "timm", "new", "has no representation_size = 8"),
+        (tmp_path / "gap", "transformers", "new", "has no such model: it has classifier = gap. --to timm has it"),
+        (tmp_path / "deep", "timm", "new", "has no such model: it has representation_size = 8"),
         (tmp_path / "gone", "timm", "new", "there is no file or folder"),
         (tmp_path / "broken", "timm", "far/away/new", "broken gives outputs that are no numbers"),
         (trained, "timm", "there", "there exists, and is not overwritten; name another folder with --output"),
@@ -497,9 +560,9 @@ def test_parity_with_another_library_sees_what_its_head_of_zeros_would_hide() ->
 
 def test_differences_are_shares_of_outputs_above_1() -> None:
     large, small = torch.tensor([-1000.0, 2.0]), torch.tensor([0.5, 0.25])
-    assert exchange.difference(large, large + 0.05) == pytest.approx(5e-5, rel=1e-3)
-    assert exchange.difference(small, small + 0.05) == pytest.approx(0.05)
-    assert math.isnan(exchange.largest([0.1, exchange.difference(small, small * math.nan), 0.2]))
+    assert formats.difference(large, large + 0.05) == pytest.approx(5e-5, rel=1e-3)
+    assert formats.difference(small, small + 0.05) == pytest.approx(0.05)
+    assert math.isnan(exchange.largest([0.1, formats.difference(small, small * math.nan), 0.2]))
 
 
 def test_a_run_that_was_not_finished_has_no_figures(trained: Path, tmp_path: Path) -> None:

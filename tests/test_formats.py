@@ -5,7 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from fuzzing import assert_refused_or_read, assert_refused_unread, with_more, wi
 
 import vitrail
 from vitrail.errors import BadInput
+from vitrail.settings import Recipe
 from vitrail.vit.config import HALF, ViTConfig
-from vitrail.weights.exchange import CHECK, Library
+from vitrail.weights.exchange import Library, check_options
 from vitrail.weights.load import read
 from vitrail.weights.timm_format import crop_share, mlp_ratio
 
@@ -55,18 +56,36 @@ def test_timm_comes_to_the_same_sizes_though_it_rounds_down() -> None:
 # What cannot be read
 
 
-def test_what_a_format_cannot_say_is_refused_with_the_option_that_stands_in_the_way() -> None:
-    hybrid = replace(TINY, patch_size=2, resnet_blocks=(1,))
-    for library, config, message in (
-        ("transformers", replace(TINY, classifier="gap"), "classifier = 'gap'"),
-        ("transformers", replace(TINY, representation_size=8), "representation_size = 8"),
-        ("transformers", hybrid, r"resnet_blocks = \(1,\)"),
-        ("timm", replace(TINY, representation_size=8), "representation_size = 8"),
-        ("timm", hybrid, r"resnet_blocks = \(1,\).* of \(\), \(2, 2, 2, 2\)"),
-        ("timm", replace(TINY, layer_norm_eps=1e-12), "layer_norm_eps = 1e-12.*always 1e-06"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            CHECK[library](config)
+@pytest.mark.parametrize(
+    ("library", "changed", "lacking", "mend"),
+    [
+        ("transformers", {"classifier": "gap"}, "classifier = gap",
+         "--to timm has it; a model that was trained with classifier = token can go to transformers."),
+        ("transformers", {"classifier": "gap", "registers": 4, "positions": "rotary"},
+         "classifier = gap, positions = rotary, registers = 4, and timm has none either",
+         "A model that was trained with classifier = token, positions = learnt, registers = 0 can go to transformers."),
+        ("timm", {"representation_size": 8, "layer_scale": 0.1},
+         "representation_size = 8, layer_scale = 0.1, and transformers has none either",
+         "A model that was trained with representation_size = none, layer_scale = none can go to timm."),
+        ("timm", {"layer_norm_eps": 1e-12}, "layer_norm_eps = 1e-12", "--to transformers has it."),
+        ("transformers", {"patch_size": 2, "resnet_blocks": (1,)}, "resnet_blocks = (1,), and timm has none either",
+         "Such a model stays with Vitrail"),
+        ("timm", {"patch_size": 2, "resnet_blocks": (1,)}, "resnet_blocks = (1,), and transformers has none either",
+         "Such a model stays with Vitrail"),
+    ],
+)  # fmt: skip
+def test_all_that_a_format_cannot_say_is_named_and_what_is_advised_is_taken(
+    library: Library, changed: dict[str, Any], lacking: str, mend: str
+) -> None:
+    with pytest.raises(BadInput) as refused:
+        check_options(replace(TINY, **changed), library)
+    assert f"{library} has no such model: it has {lacking}. " in str(refused.value)
+    assert mend.lower() in str(refused.value).lower()
+    if "--to" in mend:
+        (other,) = {"timm", "transformers"} - {library}
+        check_options(replace(TINY, **changed), cast(Library, other))
+    if "can go to" in mend:
+        check_options(replace(TINY, **{name: getattr(Recipe, name) for name in changed}), library)
 
 
 @pytest.mark.parametrize(

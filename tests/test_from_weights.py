@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from folders import MEAN, SMALL, STD, imported, written
+from PIL import Image
 
 import vitrail
 from vitrail.cli import main
@@ -236,7 +237,32 @@ def test_the_recipe_needs_weights_and_weights_that_are_there(
 
 def test_help_is_of_the_recipe_that_weights_ask_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--from", "runs/x", "-h"]) == 0
-    assert f"in brackets: what {FINE_TUNE} has" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"in brackets: what {FINE_TUNE} has" in said
+    assert "(12/7 of what the weights were trained with, 384 at most)" in " ".join(said.split())
+
+
+def test_few_images_are_not_repeated_in_each_batch(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two colours, 15 images each, of which a fifth are judged by: 24 are trained on, and the recipe has 512."""
+    for colour in ("red", "blue"):
+        (tmp_path / "photos" / colour).mkdir(parents=True)
+        for number in range(15):
+            Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / colour / f"{number}.png")
+    data = str(tmp_path / "photos")
+    result = vitrail.train(from_weights=trained, data=data, epochs=2, device="cpu", output=tmp_path / "few")
+    assert "the 24 images are fewer than a batch of 512: 24 are taken at a time" in capsys.readouterr().err
+    kept = Run.open(tmp_path / "few").recipe()
+    assert (kept.recipe.batch_size, kept.set_by["batch_size"]) == (24, "images")
+    assert result.results["samples_seen"] == 48
+    asked = vitrail.train(
+        from_weights=trained, data=data, epochs=2, batch_size=48, device="cpu", output=tmp_path / "asked"
+    )
+    assert asked.results["samples_seen"] == 48  # one batch
+    assert "a smaller --batch-size would learn more" in capsys.readouterr().err
+    assert "are taken at a time" not in (tmp_path / "asked" / "recipe.yaml").read_text("utf-8")
+    assert Run.open(tmp_path / "asked").recipe().recipe.batch_size == 48
 
 
 def test_typed(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

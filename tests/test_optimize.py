@@ -129,6 +129,14 @@ def test_muon_has_the_matrices_of_the_blocks() -> None:
     }  # fmt: skip
 
 
+def test_muon_has_the_kernels_of_a_stem_too() -> None:
+    model = VisionTransformer(replace(CONFIG, stem="convolutions"))
+    groups = [group for group in parameter_groups(model, Recipe(optimizer="muon")) if "parts" in group]
+    held = {id(weight) for group in groups for weight in group["params"]}
+    found = {name for name, weight in model.patch_embedding.named_parameters() if id(weight) in held}
+    assert found == {name for name, weight in model.patch_embedding.named_parameters() if weight.ndim == 4} != set()
+
+
 # Muon
 
 

@@ -79,7 +79,9 @@ class OnlyOnCPU(TorchFunctionMode):
 
 
 def test_no_float64_on_the_device() -> None:
-    explained = Explained("vit", model_of(SMALL), ("a", "b", "c"), HALF, HALF, told=True, made_for=16)
+    explained = Explained(
+        "vit", model_of(SMALL), ("a", "b", "c"), HALF, HALF, told=True, made_for=16, shorter_side=None
+    )
     pictures = Images.pack([np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)], ["x"])
     with OnlyOnCPU():
         look(explained, pictures, None)

@@ -101,6 +101,12 @@ def test_a_run_whose_config_is_not_its_weights_is_refused_at_once(
         vitrail.load(run.path)
 
 
+def torch_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.zeros(1)}, buffer)
+    return buffer.getvalue()
+
+
 def objects() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, cls=np.array([{"a": 1}], dtype=object))
@@ -110,9 +116,12 @@ def objects() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read as a NumPy archive"),
-        (b"no archive", "cannot be read as a NumPy archive"),
-        (pickle.dumps({"weight": 1}), "cannot be read as a NumPy archive"),
+        (b"", r"cannot be read as a NumPy archive.*It is empty: fetch or save it again\."),
+        (b"no archive", r"cannot be read as a NumPy archive.*fetch it again\."),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a pointer of Git LFS.*`git lfs pull`"),
+        (b" <!DOCTYPE html>", "It is a web page: fetch the file itself"),
+        (pickle.dumps({"weight": 1}), "cannot be read as a NumPy archive.*It is a pickle, .*save .* as safetensors"),
+        (torch_file(), "It is a pickle, .*save .* as safetensors"),
         (objects(), "cls of object, and not of floats"),
         (bomb(), "says that it holds 1,048,57.,...: it is not read"),
         (npz(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 2)}\n"), "bytes: that cannot be"),

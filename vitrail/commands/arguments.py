@@ -4,16 +4,19 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from vitrail.errors import BadInput, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises BadInput where the standard one prints its usage and leaves."""
+    """An argument parser that raises BadInput where the standard one prints its usage and leaves. `no_flags` are some
+    that might be looked for, and why they are not there."""
+
+    no_flags: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, prog: str, description: str, examples: Sequence[str]) -> None:
         super().__init__(
@@ -36,7 +39,8 @@ class Parser(argparse.ArgumentParser):
         for word in argv[: argv.index("--") if "--" in argv else None]:
             flag = word.partition("=")[0]
             if re.match(r"-[^\d.]", word) and flag not in flags:
-                raise BadInput(f"{self.prog} has no flag {flag}{nearest(flag, flags)} `{self.prog} -h` lists them.")
+                why = self.no_flags.get(flag) or f"{nearest(flag, flags)} `{self.prog} -h` lists them."
+                raise BadInput(f"{self.prog} has no flag {flag}{why}")
         return self.parse_intermixed_args(argv)
 
     def first_name(self, argv: Sequence[str]) -> str | None:
@@ -129,6 +133,12 @@ def shown(value: Any) -> str:
 def add_run(parser: Parser) -> None:
     """The run folder that a command works on."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/digits")
+
+
+def add_weights(parser: Parser) -> None:
+    """The weights that a command works on: a run's, or others."""
+    what = "a run folder, such as runs/digits, or anything else that vitrail import takes"
+    parser.add_argument("run", type=Path, metavar="RUN", help=what)
 
 
 def add_data(parser: Parser) -> None:

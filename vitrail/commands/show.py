@@ -132,7 +132,7 @@ def do_draw(args: argparse.Namespace) -> str:
     output = args.output or Path(re.sub(r"[^\w.-]", "-", name) + ".svg")
     check_svg(output)
     check_output(output, MARK, "model.svg")
-    image = read_files([args.image], model.config.image_size).image(0) if args.image else None
+    image = read_files([args.image], model.config.image_size, None).image(0) if args.image else None
     write_text(output, draw(model, name, classes, image))
     return str(output)
 

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 def as_json(content: Any) -> str:
-    """For programs to read."""
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    """For programs to read. Halves of characters, which names of files and classes may have and UTF-8 cannot say, are
+    written as JSON's escapes."""
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

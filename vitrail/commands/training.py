@@ -14,6 +14,7 @@ from vitrail.commands.arguments import (
     add_json,
     add_run,
     add_setting,
+    add_weights,
     at_least_one,
     one_of,
     real,
@@ -57,6 +58,7 @@ def take_run(
     """One flag for each field of Recipe; the help shows the values of the recipe that is named, or of the default, with
     these settings. Which recipe and which run folder are the defaults is said in the words given."""
     parser.argument_default = argparse.SUPPRESS  # what is not given must not count as set by the command line
+    parser.no_flags = {"--num-classes": ": the images say how many classes there are, a folder for each."}
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} ({said})")
     parser.add_argument("--output", type=Path, metavar="RUN", help=f"the run folder, never overwritten ({output})")
     parser.add_argument("--resume", action="store_true", help="go on with RUN (the latest) where it was left")
@@ -77,7 +79,10 @@ def take_run(
     for group in groups:
         group.title = f"{group.title} (in brackets: what {named} has)"
     for name, action in actions.items():
-        action.help = f"{action.help} ({shown(getattr(recipe, name))})"
+        usual = shown(getattr(recipe, name))
+        if named == FINE_TUNE and name == "image_size":
+            usual = f"12/7 of what the weights were trained with, {usual} at most"
+        action.help = f"{action.help} ({usual})"
 
 
 def do_pretrain(args: argparse.Namespace) -> str:
@@ -143,7 +148,7 @@ def learning_from(run: Path) -> str:
 
 def take_evaluate(parser: Parser, argv: Sequence[str]) -> None:
     """The run, what it is measured on, and how."""
-    add_run(parser)
+    add_weights(parser)
     add_data(parser)
     parser.add_argument("--mirror", action="store_true", help="measure it by each image and its mirror image too")
     add_json(parser)
@@ -169,7 +174,7 @@ def do_evaluate(args: argparse.Namespace) -> str:
 
 def take_predict(parser: Parser, argv: Sequence[str]) -> None:
     """The run, and the images that it is to name."""
-    add_run(parser)
+    add_weights(parser)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a file that Pillow reads")
     parser.add_argument("--top", type=at_least_one, metavar="K", default=5, help="classes for each image (5)")
     add_json(parser)
@@ -199,8 +204,7 @@ def named(answers: Sequence[dict[str, Any]], json: bool) -> str:
 
 def take_explain(parser: Parser, argv: Sequence[str]) -> None:
     """The weights, the images, and where the page goes."""
-    what = "a run folder, or anything else that vitrail import takes"
-    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    add_weights(parser)
     eight = "a file that Pillow reads (eight of the images that the run is judged by)"
     parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help=eight)
     folder = "where page and pictures go (RUN/explain, or ./NAME-explain for other weights; then …-2, …-3)"
@@ -261,7 +265,7 @@ def do_watch(args: argparse.Namespace) -> str:
 def images_to_show(path: Path, data: str | None) -> tuple["Dataset | None", str]:
     """The data set of a run's page: `data`, or the run's own; where that is gone, None and why there is none."""
     from vitrail.data import cache
-    from vitrail.evaluation.evaluate import own_images
+    from vitrail.evaluation.classifier import own_images
     from vitrail.weights.checkpoint import Run
 
     run = Run.open(path)

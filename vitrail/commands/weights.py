@@ -1,11 +1,12 @@
 """The commands for weights as such: import, export and probe."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitrail.commands.arguments import Parser, add_data, add_json, at_least_one, one_of
+from vitrail.commands.arguments import Parser, add_data, add_json, add_weights, at_least_one, one_of
 from vitrail.commands.tables import as_json, table
 
 LIBRARIES = ("transformers", "timm")
@@ -44,8 +45,7 @@ def do_import(args: argparse.Namespace) -> str:
 
 def take_export(parser: Parser, argv: Sequence[str]) -> None:
     """The run, and the library that is to load it."""
-    what = "a run folder, or anything that vitrail import takes"
-    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    add_weights(parser)
     metavar = "{" + ",".join(LIBRARIES) + "}"
     parser.add_argument("--to", type=one_of(LIBRARIES), metavar=metavar, required=True, help="whose format")
     parser.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="must not exist")
@@ -79,8 +79,7 @@ def do_export(args: argparse.Namespace) -> str:
 
 def take_probe(parser: Parser, argv: Sequence[str]) -> None:
     """The weights, the images, and how many of them."""
-    what = "a run folder, or anything that vitrail import takes"
-    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    add_weights(parser)
     add_data(parser)
     shots = "training images of each class (1 5 10 25, as far as there are so many)"
     parser.add_argument("--shots", type=at_least_one, nargs="+", metavar="N", help=shots)
@@ -100,7 +99,8 @@ def do_probe(args: argparse.Namespace) -> str:
     ]
     shots = [f"{row['shots']}" for row in found["features"]["shots"]]
     sizes = [found[what]["size"] for what in ("features", "pixels")]
-    columns = (">images a class", f">{sizes[0]:,} features", f">{sizes[1]:,} raw pixels")
+    side = math.isqrt(sizes[1] // 3)
+    columns = (">images a class", f">{sizes[0]:,} features", f">raw pixels, {side} × {side}")
     return (
         f"top-1 of a linear map fitted to a few images of each of {found['classes']:,} classes, on {found['count']:,} "
         f"images ({found['dataset']}, {found['split']}); mean ± standard deviation over {found['draws']} draws\n\n"

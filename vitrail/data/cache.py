@@ -149,7 +149,7 @@ def load(data: str, image_size: int, *, holdout: float = 0.0, stream: bool = Fal
         BadInput: there is no such data set, or nothing can be trained on it; unreadable images are named.
         OSError: the cache cannot be written, for want of space for one. Nothing is left half-written.
     """
-    opened = _open(data, image_size, to_train=True, stream=stream)
+    opened = _open(data, image_size, None, to_train=True, stream=stream)
     if opened.divided and data not in BUILT_IN and not holdout:
         images = counted(len(opened.dataset.splits["test"]), "image")
         say(f"{opened.dataset.name} comes undivided: {images}, a fifth of each class, are judged by and not trained on")
@@ -157,11 +157,12 @@ def load(data: str, image_size: int, *, holdout: float = 0.0, stream: bool = Fal
 
 
 def load_for_evaluation(
-    data: str, image_size: int, classes: tuple[str, ...], *, own: str = "", holdout: float = 0.0, others: bool = False,
-    stream: bool = False,
+    data: str, image_size: int, classes: tuple[str, ...], *, shorter_side: int | None = None, own: str = "",
+    holdout: float = 0.0, others: bool = False, stream: bool = False,
 ) -> tuple[str, str, Split]:  # fmt: skip
     """What a model that tells `classes` apart is measured on when it is handed a data set, decoded and cached, or
-    streamed, as by `load`. Nothing need be there to train on, and not every class need have images.
+    streamed, as by `load`, but with the `shorter_side` of the images that it learnt from, where that is known. Nothing
+    need be there to train on, and not every class need have images.
 
     That is the split that the data set comes with (val, else test); all of its images (`all`) where it comes with none,
     being `CLASS/*` or `train/` alone: they are new to the model. They are not where it was trained on that very data
@@ -176,7 +177,7 @@ def load_for_evaluation(
             `others`, these are labelled -1.
         OSError: the cache cannot be written.
     """
-    opened = _open(data, image_size, to_train=False, stream=stream)
+    opened = _open(data, image_size, shorter_side, to_train=False, stream=stream)
     dataset = opened.dataset
     whole = opened.divided and data not in BUILT_IN
     if own and not opened.flaw and (as_trained := _with_holdout(dataset, holdout)).digest() == own:
@@ -186,24 +187,28 @@ def load_for_evaluation(
     return dataset.name, split, _relabelled(data, images, opened, classes, others)
 
 
-def _open(data: str, image_size: int, *, to_train: bool, stream: bool) -> _Opened:
-    """The data set, streamed or from the cache, where it is built first if need be.
+def _open(data: str, image_size: int, shorter_side: int | None, *, to_train: bool, stream: bool) -> _Opened:
+    """The data set, as `to_pixels` makes its images, streamed or from the cache, where it is built first if need be.
 
     Raises:
         BadInput: as `load`'s; that nothing can be trained on it only if it is `to_train`.
     """
     name, storage = locate(data)
     plain = re.sub(r"[^\w.-]", "_", name)[:80]  # what any file system takes
-    entry = cache_root() / f"{plain}-{storage.fingerprint()}-{image_size}-v{FORMAT}"
+    kept = cache_root() / f"{plain}-{storage.fingerprint()}"
+    entry = kept.with_name(f"{kept.name}-{image_size}-v{FORMAT}")
     stored = None if stream else open_or_none(entry)
+    if shorter_side is not None and not (stored and stored.all_have(shorter_side)):
+        entry = kept.with_name(f"{kept.name}-{image_size}-{shorter_side}-v{FORMAT}")
+        stored = None if stream else open_or_none(entry)
     found = stored or read_source(data, name, storage)
     if to_train and found.flaw:
         raise BadInput(f"{data} {found.flaw}")
     splits: dict[str, Split] = {}
     if isinstance(found, Source) and stream:
-        splits |= _streamed(found, image_size)
+        splits |= _streamed(found, image_size, shorter_side)
     elif isinstance(found, Source):
-        build(found, image_size, entry)
+        build(found, image_size, entry, shorter_side)
         stored = open_stored(entry)
     if stored is not None:
         splits |= {split: Images(*parts) for split, parts in stored.splits.items()}
@@ -211,9 +216,9 @@ def _open(data: str, image_size: int, *, to_train: bool, stream: bool) -> _Opene
     return _Opened(dataset, found.folders, found.divided, found.flaw, stored.pixels if stored else None)
 
 
-def _streamed(source: Source, image_size: int) -> dict[str, Streamed]:
+def _streamed(source: Source, image_size: int, shorter_side: int | None) -> dict[str, Streamed]:
     """The splits of a data set, which share the processes that decode them."""
-    decoders = Decoders(source.storage, source.prefix, image_size)
+    decoders = Decoders(source.storage, source.prefix, image_size, shorter_side)
     return {
         split: Streamed(
             np.array([entry.label for entry in entries], np.int64), tuple(entry.name for entry in entries), decoders

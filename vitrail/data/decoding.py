@@ -17,8 +17,10 @@ from vitrail.progress import track
 TASK = 1 << 22  # bytes of pixels, about, that a worker decodes at a time, and that one checksum is for
 
 
-def decode(source: Source, image_size: int, path: Path) -> tuple[NDArray[np.int32], list[tuple[int, int]]]:
-    """Writes the pixels of all images, one after another and split after split, to a new file.
+def decode(
+    source: Source, image_size: int, path: Path, shorter_side: int | None = None
+) -> tuple[NDArray[np.int32], list[tuple[int, int]]]:
+    """Writes the pixels of all images, as `to_pixels` has them, one after another and split after split, to a new file.
 
     Returns:
         The images' heights and widths, (N, 2), and the length and CRC-32 of each stretch of the file.
@@ -40,7 +42,7 @@ def decode(source: Source, image_size: int, path: Path) -> tuple[NDArray[np.int3
     with (
         track(len(entries), f"Decoding {source.name}", "images") as advance,
         contextlib.closing(
-            work_through(_decode, _Decoder(source.storage, image_size, path, Queue()), tasks)
+            work_through(_decode, _Decoder(source.storage, image_size, shorter_side, path, Queue()), tasks)
         ) as all_done,
     ):
         for done in all_done:
@@ -59,6 +61,7 @@ class _Decoder:
 
     storage: Storage
     image_size: int
+    shorter_side: int | None
     path: Path
     queue: Queue
 
@@ -82,7 +85,7 @@ def _decode(decoder: _Decoder, task: tuple[int, list[str]]) -> _Decoded:
     try:
         for name in names:
             try:
-                images.append(read_pixels(decoder.storage, name, decoder.image_size))
+                images.append(read_pixels(decoder.storage, name, decoder.image_size, decoder.shorter_side))
             except Unreadable as error:
                 problems.append((name, str(error)))
     finally:

@@ -246,14 +246,14 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def to_pixels(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
-    """An image as it is stored and as every model sees it: upright, in colour, with a shorter side between
-    `image_size` and 8/7 of that, the aspect kept.
+def to_pixels(image: Image.Image, image_size: int, shorter_side: int | None = None) -> NDArray[np.uint8]:
+    """An image as it is stored and as every model sees it: upright, in colour, the aspect kept, with that
+    `shorter_side`, or, where none is given, one between `image_size` and 8/7 of that.
 
-    An image whose shorter side is in that range is not resized. A longer one is resized to 8/7 of `image_size`, a
-    smaller one to `image_size` (Pillow's bicubic, antialiased), after trimming the longer side, about the centre,
-    to four times the shorter. Best given an image that is open but not decoded yet: large JPEGs then decode faster,
-    at half the size or less, though never below twice what is wanted.
+    An image whose shorter side is so already is not resized. Without `shorter_side`, a longer one is resized to 8/7 of
+    `image_size`, a smaller one to `image_size` (Pillow's bicubic, antialiased), after trimming the longer side, about
+    the centre, to four times the shorter. Best given an image that is open but not decoded yet: large JPEGs then decode
+    faster, at half the size or less, though never below twice what is wanted.
 
     Returns:
         uint8 (height, width, 3), RGB, both sides `image_size` or more.
@@ -263,7 +263,7 @@ def to_pixels(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """
     with _unreadable(getattr(image, "filename", "")):
         shorter = min(image.size)
-        wanted = min(max(shorter, image_size), round(image_size * MARGIN))
+        wanted = shorter_side or min(max(shorter, image_size), round(image_size * MARGIN))
         if shorter >= 4 * wanted:
             image.draft(None, (2 * wanted, 2 * wanted))
         image = _rgb(image)
@@ -278,13 +278,13 @@ def to_pixels(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
         return np.array(image)
 
 
-def read_pixels(storage: Storage, name: str, image_size: int) -> NDArray[np.uint8]:
+def read_pixels(storage: Storage, name: str, image_size: int, shorter_side: int | None = None) -> NDArray[np.uint8]:
     """A file of a data set as `to_pixels` has it.
 
     Raises:
         Unreadable: it is not there, or is no image that can be read.
     """
-    return to_pixels(parse_image(read_file(storage, name)), image_size)
+    return to_pixels(parse_image(read_file(storage, name)), image_size, shorter_side)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -49,6 +49,10 @@ class Stored:
     splits: dict[str, tuple[Any, ...]]
     pixels: NDArray[np.uint8]
 
+    def all_have(self, shorter_side: int) -> bool:
+        """Whether that is the shorter side of every image."""
+        return all((sizes.min(axis=1) == shorter_side).all() for _, _, sizes, _, _ in self.splits.values())
+
 
 def offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
     """Where each image begins, when images of these heights and widths, (N, 2), lie one after another."""
@@ -56,11 +60,12 @@ def offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
     return lengths.cumsum() - lengths
 
 
-def build(source: Source, image_size: int, entry: Path) -> None:
-    """Decodes a data set into a folder beside `entry`, which takes its place when it is complete."""
+def build(source: Source, image_size: int, entry: Path, shorter_side: int | None = None) -> None:
+    """Decodes a data set, each image as `to_pixels` has it, into a folder beside `entry`, which takes its place when it
+    is complete."""
     work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=UNFINISHED))
     try:
-        _write(source, image_size, work)
+        _write(source, image_size, work, shorter_side)
         # No fsync, which takes seconds: the checksums tell what a power failure took.
         _move(work, entry)
     except OSError as error:
@@ -72,9 +77,9 @@ def build(source: Source, image_size: int, entry: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(source: Source, image_size: int, folder: Path) -> None:
+def _write(source: Source, image_size: int, folder: Path, shorter_side: int | None) -> None:
     """Writes the three files."""
-    sizes, blocks = decode(source, image_size, folder / "pixels.bin")
+    sizes, blocks = decode(source, image_size, folder / "pixels.bin", shorter_side)
     header = _write_index(source, sizes, folder / "index.safetensors")
     text = json.dumps(header | {"blocks": blocks}, sort_keys=True)
     (folder / "header.json").write_text(f'{{"crc32": {zlib.crc32(text.encode())}, "header": {text}}}')

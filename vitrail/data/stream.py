@@ -44,6 +44,7 @@ class _Decoder:
 
     storage: Storage
     image_size: int
+    shorter_side: int | None
     memory: Arena
     slot: int
 
@@ -55,13 +56,13 @@ class Decoders:
     Args:
         storage: has the images.
         prefix: stands before their names there.
-        image_size: what `to_pixels` makes them for.
+        image_size, shorter_side: what `to_pixels` makes them for.
     """
 
-    def __init__(self, storage: Storage, prefix: str, image_size: int) -> None:
-        self.storage, self.prefix, self.image_size = storage, prefix, image_size
+    def __init__(self, storage: Storage, prefix: str, image_size: int, shorter_side: int | None = None) -> None:
+        self.storage, self.prefix, self.image_size, self.shorter_side = storage, prefix, image_size, shorter_side
         count = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-        shorter = round(image_size * MARGIN)
+        shorter = shorter_side or round(image_size * MARGIN)
         self.slot = 3 * shorter * (LONGEST * shorter + 1)  # bytes of the longest image that there can be
         room = min(ROOM // self.slot, MOST)
         self.at_once = max(1, min(64, TASK // (3 * image_size**2), room // (3 * count)))
@@ -77,7 +78,8 @@ class Decoders:
 
     @cached_property
     def _workers(self) -> Workers[_Decoder]:
-        return Workers(_Decoder(self.storage, self.image_size, self._memory, self.slot), self._count)
+        decoder = _Decoder(self.storage, self.image_size, self.shorter_side, self._memory, self.slot)
+        return Workers(decoder, self._count)
 
     def decode(self, name: str) -> NDArray[np.uint8]:
         """One image (height, width, 3), decoded here and now.
@@ -86,7 +88,7 @@ class Decoders:
             Unreadable: it cannot be read. The message names it.
         """
         try:
-            return read_pixels(self.storage, self.prefix + name, self.image_size)
+            return read_pixels(self.storage, self.prefix + name, self.image_size, self.shorter_side)
         except Unreadable as error:
             raise _cannot_be_read(name, str(error)) from None
 
@@ -156,7 +158,7 @@ def _decode(decoder: _Decoder, task: list[tuple[str, int]]) -> list[tuple[int, i
     found: list[tuple[int, int] | str] = []
     for name, slot in task:
         try:
-            image = read_pixels(decoder.storage, name, decoder.image_size)
+            image = read_pixels(decoder.storage, name, decoder.image_size, decoder.shorter_side)
         except Unreadable as error:
             found.append(str(error))
             continue

@@ -1,6 +1,5 @@
 """Logits → figures."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,21 +12,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from vitrail.data import cache
-from vitrail.data.cache import Images, Split
-from vitrail.data.hub import PREFIX
-from vitrail.data.images import Unreadable, is_there, open_image, to_pixels
+from vitrail.data.cache import Images
+from vitrail.data.images import Unreadable, open_image, to_pixels
 from vitrail.errors import BadInput, Partial
 from vitrail.evaluation.calibration import calibration_error
+from vitrail.evaluation.classifier import judged_images, open_classifier
 from vitrail.input.batches import evaluation_batches
 from vitrail.input.memory import images_at_once
 from vitrail.input.pixels import Pixels, pixels_of
-from vitrail.progress import counted, say, track
-from vitrail.recipes import Resolved
+from vitrail.progress import counted, track
 from vitrail.settings import Precision, Recipe
 from vitrail.vit.config import HALF, Colours
-from vitrail.weights.checkpoint import Run
-from vitrail.weights.files import read_about
 from vitrail.world import ALONE, World
 
 
@@ -164,87 +159,9 @@ def judge_classes(predictions: Predictions, classes: tuple[str, ...]) -> Judgeme
     return Judgement(curves, found.as_dict(), "predictions", arrays)
 
 
-def open_classifier(path: Path) -> tuple[Run, Resolved | None]:
-    """A run whose model has learnt classes, and its recipe; None of weights from elsewhere, which have none.
-
-    Raises:
-        BadInput: there is no such run, or it is one of pre-training.
-    """
-    run = Run.open(path)
-    resolved = run.recipe() if run.trained else None
-    if resolved is not None and resolved.recipe.self_supervised:
-        raise BadInput(
-            f"{path} was pre-trained, and has learnt no classes. Train it on: vitrail train {resolved.name} --from "
-            f"{path}; or measure what it sees: vitrail probe {path}."
-        )
-    return run, resolved
-
-
-def so_far(run: Run, resolved: Resolved | None) -> tuple[int, int] | None:
-    """How many epochs of how many a run that is not at its end has done; None of one that is, or that was not trained
-    here."""
-    path, planned = run.path / "metrics.jsonl", resolved.recipe.epochs if resolved else 0
-    lines = path.read_text(encoding="utf-8") if path.is_file() else ""
-    done = max(map(int, re.findall(r'^\{"epoch": (\d+),', lines, re.MULTILINE)), default=0)
-    if done >= planned and (resolved is None or run.ended):
-        return None
-    return done, planned
-
-
-def say_if_unfinished(run: Run, resolved: Resolved | None) -> tuple[int, int] | None:
-    """Say what has to be known of a run that is not at its end; returns what `so_far` does."""
-    if epochs := so_far(run, resolved):
-        done = f"{epochs[0]} of its {counted(epochs[1], 'epoch')}"
-        say(f"{run.path} is not finished: it has done {done}, and these weights are those of its last checkpoint")
-    return epochs
-
-
-def own_images(run: Run, recipe: Recipe | None = None) -> str:
-    """The data set that a run was trained on. `recipe` is its, where that has been read already.
-
-    Raises:
-        BadInput: it is not where it was, or the run was not trained here.
-    """
-    if not run.trained:
-        raise BadInput(
-            f"{run.path} was not trained here, and has no images of its own. Say with --data D which to take."
-        )
-    data = (recipe or run.recipe().recipe).data
-    if is_there(data):
-        return data
-    why = "which is no longer there"
-    if not Path(data.removeprefix(PREFIX)).expanduser().is_absolute():
-        why = "a path from the folder in which that was started; there is no such thing in this one"
-    raise BadInput(f"{run.path} was trained on {data}, {why}. Say with --data D where the images are now.")
-
-
-def judged_images(
-    run: Run, data: str | None, image_size: int, classes: tuple[str, ...], *, others: bool = False,
-    recipe: Recipe | None = None,
-) -> tuple[str, str, Split]:  # fmt: skip
-    """The split that a run was judged by, or that it is to be judged by now, of `data`: the name of the data set and of
-    the split, and the images, as `evaluate_run` takes them. `recipe` is the run's, where that has been read already.
-
-    Raises:
-        BadInput: the data cannot be used, or has classes that the run does not know; with `others`, `data` may have.
-    """
-    recipe = recipe or (run.recipe().recipe if run.trained else None)
-    holdout, stream = (recipe.holdout, recipe.stream) if recipe else (0.0, False)
-    if data is not None:
-        state = run.path / "last" / "state.safetensors"
-        own = read_about(state)["images"] if state.is_file() else ""
-        return cache.load_for_evaluation(
-            data, image_size, classes, own=own, holdout=holdout, others=others, stream=stream
-        )
-    dataset = cache.load(own_images(run, recipe), image_size, holdout=holdout, stream=stream)
-    if dataset.classes != classes:
-        were = counted(len(classes), "class", "classes")
-        raise BadInput(f"{dataset.name} no longer has the {were} that {run.path} was trained on.")
-    return dataset.name, dataset.evaluation, dataset.splits[dataset.evaluation]
-
-
 def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -> dict[str, Any]:
-    """Figures of a run's weights, as in `results.json`: on the split that the run was judged by, or on `data`. With
+    """Figures of the weights of a run, or of anything else that `vitrail import` takes, as in `results.json`: on the
+    split that the run was judged by, or on `data`, brought to the size of the images that it learnt from. With
     `mirror`, they are followed by `mirrored`, those of test-time augmentation: the mean of the logits of each image and
     of its mirror image.
 
@@ -254,17 +171,16 @@ def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -
     Raises:
         BadInput: the run or the data cannot be used, or the data has classes that the run does not know.
     """
-    run, resolved = open_classifier(path)
+    opened = open_classifier(path)
+    resolved, size, classes = opened.resolved, opened.image_size, opened.classes
     recipe = resolved.recipe if resolved else None
-    model, classes = run.load_model()
-    mean, std = run.preprocessing()
-    size = model.config.image_size
-    name, split, images = judged_images(run, data, size, classes, recipe=recipe)
-    say_if_unfinished(run, resolved)
+    name, split, images = judged_images(path, data, size, classes, shorter_side=opened.shorter_side, recipe=recipe)
+    opened.say_if_unfinished()
     pixels = pixels_of(images, size, pick_device("auto"))
     predict = partial(
-        predict_split, model.to(pixels.device), pixels, precision=(recipe or Recipe()).precision, mean=mean, std=std
-    )
+        predict_split, opened.model.to(pixels.device), pixels, precision=(recipe or Recipe()).precision,
+        mean=opened.mean, std=opened.std,
+    )  # fmt: skip
     found = figures(predict(), classes).as_dict()
     if mirror:
         both = figures(predict(mirror=True), classes)
@@ -272,9 +188,9 @@ def evaluate_run(path: Path, data: str | None = None, *, mirror: bool = False) -
     return {"recipe": resolved.name if resolved else path.resolve().name, "dataset": name, "split": split, **found}
 
 
-def readable(files: Sequence[Path], image_size: int) -> tuple[Images, str]:
-    """Of image files those that can be read, as the model is to see them, and in a sentence why the others cannot; it
-    is empty if there are none.
+def readable(files: Sequence[Path], image_size: int, shorter_side: int | None) -> tuple[Images, str]:
+    """Of image files those that can be read, as `to_pixels` has them for the model, and in a sentence why the others
+    cannot; it is empty if there are none.
 
     Raises:
         BadInput: none can be read as an image; all are named.
@@ -282,7 +198,7 @@ def readable(files: Sequence[Path], image_size: int) -> tuple[Images, str]:
     read, names, problems = list[NDArray[np.uint8]](), [], []
     for file in files:
         try:
-            read.append(to_pixels(open_image(file), image_size))
+            read.append(to_pixels(open_image(file), image_size, shorter_side))
             names.append(str(file))
         except Unreadable as error:
             problems.append(str(error))
@@ -293,38 +209,37 @@ def readable(files: Sequence[Path], image_size: int) -> tuple[Images, str]:
     return Images.pack(read, names), said
 
 
-def read_files(files: Sequence[Path], image_size: int) -> Images:
-    """Image files as the model is to see them.
+def read_files(files: Sequence[Path], image_size: int, shorter_side: int | None) -> Images:
+    """Image files, as `to_pixels` has them for the model.
 
     Raises:
         BadInput: some cannot be read as images; all of them are named.
     """
-    images, problems = readable(files, image_size)
+    images, problems = readable(files, image_size, shorter_side)
     if problems:
         raise BadInput(f"{problems} {len(images)} of the {len(files)} files can be read: leave the others out.")
     return images
 
 
 def predict_files(path: Path, files: Sequence[Path], top: int = 5) -> list[dict[str, Any]]:
-    """The most probable classes of each image file, by the weights of a run.
+    """The most probable classes of each image file, by the weights of a run, or of anything else that `vitrail import`
+    takes.
 
     Raises:
-        BadInput: the run cannot be used, or no file can be read as an image.
+        BadInput: the weights cannot be used, or no file can be read as an image.
         Partial: some files cannot be; what is said of the others is its `result`.
     """
-    run, resolved = open_classifier(path)
-    model, classes = run.load_model()
-    mean, std = run.preprocessing()
-    size = model.config.image_size
-    images, problems = readable(files, size)
-    say_if_unfinished(run, resolved)
-    pixels = Pixels(images, size, pick_device("auto"))
-    predictions = predict_split(model.to(pixels.device), pixels, top=top, mean=mean, std=std)
+    opened = open_classifier(path)
+    images, problems = readable(files, opened.image_size, opened.shorter_side)
+    opened.say_if_unfinished()
+    pixels = Pixels(images, opened.image_size, pick_device("auto"))
+    model = opened.model.to(pixels.device)
+    predictions = predict_split(model, pixels, top=top, mean=opened.mean, std=opened.std)
     answers = [
         {
             "image": name,
             "predictions": [
-                {"class": classes[index], "probability": float(probability)}
+                {"class": opened.classes[index], "probability": float(probability)}
                 for index, probability in zip(predicted, probabilities, strict=True)
             ],
         }

@@ -26,7 +26,8 @@ from vitrail.data.archives import cache_root
 from vitrail.data.cache import Images, Split
 from vitrail.environment import commit
 from vitrail.errors import BadInput
-from vitrail.evaluation.evaluate import own_images, pick_device
+from vitrail.evaluation.classifier import own_images
+from vitrail.evaluation.evaluate import pick_device
 from vitrail.input.batches import evaluation_batches
 from vitrail.input.pixels import pixels_of
 from vitrail.progress import counted, track

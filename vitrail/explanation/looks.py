@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrail.data import cache
 from vitrail.data.cache import Split
 from vitrail.errors import BadInput, nearest
-from vitrail.evaluation.evaluate import judged_images, read_files, say_if_unfinished
+from vitrail.evaluation.classifier import judged_images, say_if_unfinished
+from vitrail.evaluation.evaluate import read_files
 from vitrail.explanation import explain
 from vitrail.explanation.passage import Passage, as_used
 from vitrail.input.batches import evaluation_batches
@@ -35,8 +35,9 @@ GUESSES = 3  # classes that are named for an image
 @dataclass(frozen=True)
 class Explained:
     """A model of which it is to be said what it looks at, and what its weights came with. `told`: it has learnt
-    classes, so that what it predicts means something. `made_for`: the side of the images that it was made for. `done`:
-    `3 of 150 epochs` of a run that is not finished; empty of others."""
+    classes, so that what it predicts means something. `made_for`: the side of the images that it was made for.
+    `shorter_side`: of those that it is shown, as `to_pixels` has it. `done`: `3 of 150 epochs` of a run that is not
+    finished; empty of others."""
 
     name: str
     model: VisionTransformer
@@ -45,6 +46,7 @@ class Explained:
     std: Colours
     told: bool
     made_for: int
+    shorter_side: int | None
     done: str = ""
 
     @property
@@ -89,9 +91,10 @@ def open_model(source: Path, image_size: int | None = None) -> Explained:
     found = read(source)
     classes = None if HEAD[0] in found.tensors else 1
     model = build(found, source, image_size=image_size, num_classes=classes)
+    side = found.shorter_side if model.config.image_size == found.config.image_size else None
     return Explained(
         called(source), model, found.classes, found.mean, found.std, told and bool(model.head.weight.any()),
-        found.config.image_size, done,
+        found.config.image_size, side, done,
     )  # fmt: skip
 
 
@@ -127,13 +130,11 @@ def some_images(source: Path, explained: Explained, files: Sequence[Path], data:
     if files:
         if data is not None:
             raise BadInput("--data is where images are taken from if none are named; leave out one of the two.")
-        return "", read_files(files, size)
-    if is_run(source):
-        name, split, images = judged_images(Run.open(source), data, size, explained.classes, others=True)
-    elif data is None:
+        return "", read_files(files, size, explained.shorter_side)
+    if data is None and not is_run(source):
         raise BadInput(f"{source} has no images of its own. Name some to look at, or say with --data D where some are.")
-    else:
-        name, split, images = cache.load_for_evaluation(data, size, explained.classes, others=True)
+    side = explained.shorter_side
+    name, split, images = judged_images(source, data, size, explained.classes, shorter_side=side, others=True)
     chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(np.int64)
     return f"{name}, {split}", images.take(chosen)
 

@@ -13,7 +13,8 @@ from vitrail.training.muon import Muon
 
 EMBEDDINGS = ("class_token", "registers", "position_embedding", "mask_embedding")
 
-BLOCKS = ("blocks.", "resnet.stages.", "decoder_blocks.")
+# What the encoder consists of: blocks, and what stands before them in a ResNet, or as a stem.
+BLOCKS = ("blocks.", "patch_embedding.layers.", "resnet.stages.", "decoder_blocks.")
 
 
 def warmup_steps(recipe: Recipe, steps: int) -> int:
@@ -44,8 +45,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     and, where Muon has them, of how many `parts` each consists.
 
     Decoupled decay (AdamW, Muon) spares biases, norms, scales and embeddings; Adam's and SGD's is L2 on everything, as
-    in the experiments that used it. Muon has the matrices of the encoder blocks, and the kernels of a ResNet's; in
-    pre-training, where what is trained has the model for its `encoder`, also those of a decoder's blocks.
+    in the experiments that used it. Muon has the matrices of the encoder blocks, and the kernels of a ResNet's and of a
+    convolutional stem; in pre-training, where what is trained has the model for its `encoder`, also those of a
+    decoder's blocks.
     """
     groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
     for name, weight in model.named_parameters():

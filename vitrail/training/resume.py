@@ -123,9 +123,9 @@ def begun_by_job(wanted: Path, resolved: Resolved, world: World) -> Path | None:
 
 
 def same(run: Run, resolved: Resolved) -> bool:
-    """Whether a run was begun with these settings, whatever the machine decided of them."""
+    """Whether a run was begun with these settings, whatever the machine and the images decided of them."""
     then = run.recipe()
-    settings = {name for name, who in then.set_by.items() if who != "machine"}
+    settings = {name for name, who in then.set_by.items() if who not in ("machine", "images")}
     return (then.name, then.weights) == (resolved.name, resolved.weights) and all(
         getattr(then.recipe, name) == getattr(resolved.recipe, name) for name in settings
     )

@@ -91,7 +91,7 @@ def train(
         if run is None and (lost := begun_by_job(wanted, start.resolved, world)) is not None:
             run, resolved = take_up(None, lost, settings)
             start = go_on(run, resolved)
-        start = settle(start, device, world)
+        asked, start = start, settle(start, device, world)
         chosen = start.resolved.recipe
         check_shares(chosen, world)
         tracker = connect(track) if world.first else None
@@ -100,6 +100,9 @@ def train(
                 settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout, stream=chosen.stream
             )
         )
+        if run is None and (fewer := fewer_at_once(asked, len(dataset.splits["train"]), world)) is not asked:
+            start = settle(fewer, device, world)
+            chosen = start.resolved.recipe
         if world.first:
             say_warmup(chosen, len(dataset.splits["train"]))
         model = learner(start, len(dataset.classes), device, world)
@@ -139,6 +142,20 @@ def create(wanted: Path, resolved: Resolved, world: World) -> Run:
         run = Run.create(wanted)
         run.write_recipe(resolved)
     return Run(Path(world.told(str(run.path) if world.first else "")))
+
+
+def fewer_at_once(start: Start, images: int, world: World) -> Start:
+    """The recipe with batches of no more images than there are, lest each comes several times in every batch: that
+    takes the time and memory of many, and teaches what few do. A batch that was asked for stays as it is."""
+    resolved, recipe = start.resolved, start.resolved.recipe
+    least = world.size * recipe.accumulate * recipe.least_images
+    most = images // least * least
+    if recipe.batch_size <= images or not most or resolved.set_by["batch_size"] == "command line":
+        return start
+    if world.first:
+        say(f"the {images:,} images are fewer than a batch of {recipe.batch_size}: {most} are taken at a time")
+    set_by = resolved.set_by | {"batch_size": "images"}
+    return replace(start, resolved=replace(resolved, recipe=replace(recipe, batch_size=most), set_by=set_by))
 
 
 def settle(start: Start, device: torch.device, world: World) -> Start:

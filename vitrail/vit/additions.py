@@ -32,6 +32,8 @@ class ConvolutionalStem(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
+        if images.device.type == "cpu":  # where colours come last, as batches have them, it would take longer
+            images = images.contiguous()
         return self.projection(self.layers(images).flatten(2).transpose(1, 2))
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitrail import __version__
-from vitrail.data.images import MARGIN
 from vitrail.progress import counted, duration
 from vitrail.vit.config import HALF
 from vitrail.weights.formats import Imported
@@ -126,18 +125,15 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def _images(model: Imported) -> str:
-    """How images are made ready, and where Vitrail does otherwise."""
-    size, side, usual = model.config.image_size, model.resized_to, round(model.config.image_size * MARGIN)
+    """How images are made ready, and where Vitrail does otherwise, for it is not known what it learnt from."""
+    size, side = model.config.image_size, model.resized_to
     colours = "to -1…1" if (model.mean, model.std) == (HALF, HALF) else f"by mean {model.mean}, deviation {model.std}"
     text = (
         f"## Images\n\nThe shorter side is resized to {side} pixels (bicubic), the {size} × {size} in the middle are "
         f"taken, and pixels are normalised {colours}."
     )
-    if side != usual:
-        text += (
-            " The images that it learnt from had been brought to that size. `vitrail predict` shrinks larger ones to "
-            f"{usual} pixels instead, and takes the {size} × {size} in the middle of these."
-        )
+    if model.shorter_side is not None:
+        text += " So were those that it learnt from, and so are those that `vitrail predict` and `evaluate` are given."
     elif side > size:
         text += f" `vitrail predict` enlarges smaller images to {size} only, and takes those in between as they are."
     return text

@@ -33,6 +33,7 @@ from vitrail.vit.models import Config, Model
 from vitrail.weights.files import (
     check_weights,
     compare_shapes,
+    make_folder,
     reachable,
     read_json,
     read_shapes,
@@ -53,8 +54,12 @@ class Run:
 
     @classmethod
     def create(cls, wanted: Path) -> "Run":
-        """A new folder: `wanted`, or, where that exists, `wanted-2`, `wanted-3` and so on."""
-        wanted.parent.mkdir(parents=True, exist_ok=True)
+        """A new folder: `wanted`, or, where that exists, `wanted-2`, `wanted-3` and so on.
+
+        Raises:
+            BadInput: it would lie below a file.
+        """
+        make_folder(wanted.parent)
         path, number = wanted, 1
         while True:
             with contextlib.suppress(FileExistsError):

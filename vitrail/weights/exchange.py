@@ -10,26 +10,25 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitrail.environment import describe
 from vitrail.errors import BadInput
 from vitrail.settings import Recipe
-from vitrail.vit.config import shorten
+from vitrail.vit.config import ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.weights.card import Record, model_card
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.files import read_json
-from vitrail.weights.formats import COMPARED, HEAD, TOLERANCE, Imported, random_images
+from vitrail.weights.files import make_folder, read_json
+from vitrail.weights.formats import COMPARED, HEAD, TOLERANCE, Imported, difference, random_images
 from vitrail.weights.load import build, read
-from vitrail.weights.timm_format import check_timm, write_timm
-from vitrail.weights.transformers_format import check_transformers, write_transformers
+from vitrail.weights.timm_format import unsaid_by_timm, write_timm
+from vitrail.weights.transformers_format import unsaid_by_transformers, write_transformers
 
 Library = Literal["transformers", "timm"]
 
-CHECK = {"transformers": check_transformers, "timm": check_timm}
+UNSAID = {"transformers": unsaid_by_transformers, "timm": unsaid_by_timm}
 WRITE = {"transformers": write_transformers, "timm": write_timm}
 NOT_TOLD = ("data", "device", "seed")  # settings that the card has no room for, or elsewhere
 # What the card takes from an entry of `environment.json`, where that has it, and of which types it is.
@@ -100,7 +99,7 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
     recipe = Run(source).known_recipe()
     if recipe is not None and recipe.self_supervised:
         raise BadInput(f"{source} was pre-trained, and has learnt no classes to export; train it first, with --from.")
-    CHECK[library](imported.config)
+    check_options(imported.config, library)
     if output.exists() or output.is_symlink():
         raise BadInput(f"{output} exists, and is not overwritten; name another folder with --output.")
     card, model = _card(imported, library, output.name, source), build(imported, source)
@@ -122,25 +121,45 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
     return Exported(output, back, theirs, COMPARED)
 
 
+def check_options(config: ViTConfig, library: Library) -> None:
+    """See to it that a library has a model with these options.
+
+    Raises:
+        BadInput: it has not; the message names all of those that stand in the way, and what would do.
+    """
+    if not (lacking := UNSAID[library](config)):
+        return
+    (other,) = (each for each in UNSAID if each != library)
+    others = UNSAID[other](config)
+    mends = [] if others else [f"--to {other} has it"]
+    drawn = {name: getattr(Recipe, name, None) for name in lacking}
+    if drawn.keys() <= vars(Recipe()).keys():
+        mends.append(f"a model that was trained with {_listed(drawn)} can go to {library}")
+    mend = "; ".join(mends) or "such a model stays with Vitrail: vitrail.load takes it from where it is"
+    raise BadInput(
+        f"{library} has no such model: it has {_listed(lacking)}{f', and {other} has none either' * bool(others)}. "
+        f"{mend[0].upper()}{mend[1:]}."
+    )
+
+
+def _listed(options: dict[str, Any]) -> str:
+    """`positions = rotary, registers = 4`."""
+    return ", ".join(f"{name} = {value}".lower() for name, value in options.items())
+
+
 @contextmanager
 def within(folder: Path) -> Iterator[None]:
     """Have a folder, and all that it lies in, for what the block writes there. Where the block fails, those that were
     not there before are gone again, but for what somebody else put something into."""
     lacking = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     except BaseException:
         for each in lacking:  # the innermost comes first
             with suppress(OSError):
                 each.rmdir()
         raise
-
-
-def difference(ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"]) -> float:
-    """The largest between two outputs, as a share of the largest number of ours where that is above 1: float32 has
-    seven digits, however large a number is. NaN where either has one."""
-    return float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
 
 
 def compare_theirs(model: VisionTransformer, library: Library, folder: Path) -> float | None:

@@ -17,16 +17,31 @@ from vitrail.vit.config import shorten
 
 Shapes = Mapping[str, tuple[int, ...]]  # of weights, by their names
 
+HINTING = 256  # bytes at the beginning of a file that tell what it is
 MOST_JSON = 1 << 25  # bytes: the names of ImageNet-21k's classes take a thirtieth of it
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is to lie in.
+
+    Raises:
+        BadInput: one of these is a file.
+        OSError: it cannot be made.
+    """
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise BadInput(f"{each} is a file, and nothing can lie in it; name another folder with --output.")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Have `save` write a file beside `path`, then put it in its place in one step that cannot be interrupted.
 
     Raises:
+        BadInput: it would lie below a file.
         OSError: it could not be written (no space left, say); what stood at `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save(partial)
@@ -89,6 +104,24 @@ def check_plain(path: Path) -> None:
             raise BadInput(f"{path} is {'no regular file' if path.exists() else 'missing'}.")
 
 
+def instead(path: Path) -> str:
+    """What a file may be that is not read as weights, by how it begins, and what to do; behind the reason."""
+    with path.open("rb") as file:
+        begin = file.read(HINTING)
+    if not begin:
+        return "It is empty: fetch or save it again."
+    if begin.startswith(b"version https://git-lfs"):
+        return "It is a pointer of Git LFS to the file: `git lfs pull` fetches that."
+    if begin.startswith(b"\x80") or b"/data.pkl" in begin:
+        return (
+            "It is a pickle, which may run any program when it is opened; Vitrail never does. If you trust it, save "
+            "what is in it as safetensors."
+        )
+    if begin.lstrip().startswith(b"<"):
+        return "It is a web page: fetch the file itself."
+    return "If it was fetched, it may have been cut off: fetch it again."
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and what was said `about` them.
 
@@ -120,7 +153,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:  # NumPy has no bfloat16
-        raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}.") from None
+        raise BadInput(f"{path} cannot be read as safetensors: {error}. {instead(path)}") from None
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ shape is read from the weights, which cannot promise more than they have, and co
 """
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +20,8 @@ from vitrail.data.images import MARGIN
 from vitrail.errors import BadInput, first_of
 from vitrail.vit.config import ADDITIONS, HALF, Colours, ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.files import check_plain, check_shapes
+from vitrail.weights.files import check_plain, check_shapes, instead
+from vitrail.weights.official import grid_of
 
 # The names that another library has for one of Vitrail's weights: several, if it keeps the rows of it apart.
 Names = Callable[[str], tuple[str, ...]]
@@ -62,6 +62,12 @@ def random_images(config: ViTConfig) -> Float[Tensor, "B 3 S S"]:
     return torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+def difference(ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"]) -> float:
+    """The largest between two outputs, as a share of the largest number of ours where that is above 1: float32 has
+    seven digits, however large a number is. NaN where either has one."""
+    return float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
+
+
 def section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     """What a JSON file says by name under a key; nothing where it has no such key.
 
@@ -93,7 +99,7 @@ def read_weights(folder: Path, mend: str) -> dict[str, Tensor]:
             names = file.keys()  # of something that is no dict
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{path} cannot be read as safetensors, it is damaged or something else: {error}.") from None
+        raise BadInput(f"{path} cannot be read as safetensors: {error}. {instead(path)}") from None
     for name, tensor in found.items():
         if tensor.dtype not in FLOATS:
             raise BadInput(f"{path} has {name} of {tensor.dtype}, and not of floats of 16 bits or more.")
@@ -157,11 +163,11 @@ def measure(weights: Mapping[str, Tensor], names: Names, path: Path) -> Shape:
         return tuple(weights[name].shape)
 
     hidden_size, channels, _, patch_size = dimensions("patch_embedding.projection.weight", 4)
-    patches = dimensions("position_embedding", 3)[1] - (names("class_token")[0] in weights)
-    grid = math.isqrt(max(patches, 0))
-    if grid**2 != patches:
-        what = f"{patches} patches, which make no square, as Vitrail's images are"
-        raise BadInput(f"the weights of {path} have position embeddings for {what}.")
+    (token,) = names("class_token")
+    try:
+        grid = grid_of(dimensions("position_embedding", 3)[1], token, token in weights)
+    except ValueError as error:
+        raise BadInput(f"the weights of {path} have {error}.") from None
     return Shape(
         image_size=grid * patch_size,
         patch_size=patch_size,
@@ -189,15 +195,11 @@ def refuse(names: Collection[str], parts: dict[str, str], path: Path) -> None:
             raise BadInput(f"{path} is of a model with {part}, which Vitrail does not read: {first_of(found, 2)}.")
 
 
-def refuse_additions(config: ViTConfig, library: str) -> None:
-    """Refuse to write a model that has what later papers add.
-
-    Raises:
-        BadInput: it has; the message names the option.
-    """
-    for name in ADDITIONS:
-        if (value := getattr(config, name)) != getattr(ViTConfig, name):
-            raise BadInput(f"this model has {name} = {shorten(value)}, which Vitrail does not write for {library}.")
+def unsaid(config: ViTConfig, plain: dict[str, Any]) -> dict[str, Any]:
+    """What a model has that another library's format cannot say, or that Vitrail does not write there, by the name of
+    the option. `plain` is what the format has of some; what later papers add, Vitrail writes for none."""
+    plain = plain | {name: getattr(ViTConfig, name) for name in ADDITIONS}
+    return {name: value for name, there in plain.items() if (value := getattr(config, name)) != there}
 
 
 def compare(said: dict[str, tuple[Any, Any]], config: Path, weights: Path) -> None:

@@ -15,6 +15,7 @@ from vitrail.vit.config import shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.models import Model
 from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
+from vitrail.vit.variants import VARIANTS
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.files import check_weights, reachable, read_json
 from vitrail.weights.formats import HEAD, PICKLES, Imported
@@ -82,6 +83,11 @@ def _read(source: Path) -> Imported:
 
 def _instead(source: Path) -> str:
     """What somebody may have meant who named what is not there, behind the name."""
+    if source.as_posix() in VARIANTS:
+        return (
+            f". That is the name of a shape: vitrail.create({source.as_posix()!r}) makes a model of it, with random "
+            "weights. Trained ones are files and folders, such as the official ViT-B_16.npz; name yours."
+        )
     address = re.sub(r"^(hf:|https:/|huggingface\.co/)+", "", source.as_posix())
     if address != source.as_posix() or (address.count("/") == 1 and not source.parent.exists()):
         name = address.rpartition("/")[2]

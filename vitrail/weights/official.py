@@ -25,7 +25,7 @@ from vitrail.errors import BadInput
 from vitrail.vit.config import ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.resnet import stride
-from vitrail.weights.files import Shapes, check_plain, compare_shapes
+from vitrail.weights.files import Shapes, check_plain, compare_shapes, instead
 
 INFLATED = 32  # an archive may be compressed, but trained weights hardly shrink: more than this is a trap
 SMALL = 1 << 24  # bytes: what any archive may hold
@@ -136,9 +136,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except BadInput:
         raise
     except Exception as error:  # zipfile, its decompressors and NumPy's parser have dozens for what is damaged
-        raise BadInput(
-            f"{path} cannot be read as a NumPy archive of plain arrays: {str(error) or type(error)}."
-        ) from None
+        why = str(error) or type(error)
+        raise BadInput(f"{path} cannot be read as a NumPy archive of plain arrays: {why}. {instead(path)}") from None
 
 
 def _headers(path: Path) -> tuple[dict[str, Header], Spelling]:
@@ -206,11 +205,11 @@ def _config(shapes: Shapes, spelled: Spelling, path: Path) -> ViTConfig:
     ]:
         raise BadInput(f"{path} is no checkpoint of the official Vision Transformer: {'; '.join(problems)}.")
     told = {name: shape for name, shape in found.items() if shape is not None}  # all of them
-    patches = told[POSITIONS][1] - (spelled("cls") in shapes)
-    grid = math.isqrt(patches)
-    if not patches or grid**2 != patches:
-        what = f"{patches:,} patches, which make no square, as Vitrail's images are"
-        raise BadInput(f"{path} has position embeddings for {what}.")
+    token = spelled(TOKENS["class_token"])
+    try:
+        grid = grid_of(told[POSITIONS][1], token, token in shapes)
+    except ValueError as error:
+        raise BadInput(f"{path} has {error}.") from None
     blocks = _blocks(shapes, spelled, path)
     patch_size, _, _, hidden_size = told[EMBEDDING]
     layers = _count(shapes, spelled("Transformer/encoderblock_"))
@@ -229,6 +228,22 @@ def _config(shapes: Shapes, spelled: Spelling, path: Path) -> ViTConfig:
         )
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def grid_of(positions: int, token: str, with_token: bool) -> int:
+    """Patches along a side of the images that so many position embeddings are for, one of them for the class token,
+    where there is one; `token` is what the file calls that.
+
+    Raises:
+        ValueError: they are for no square; the message says what they are for.
+    """
+    patches = positions - with_token
+    grid = math.isqrt(max(patches, 0))
+    if grid and grid**2 == patches:
+        return grid
+    if not with_token and (math.isqrt(max(patches, 1) - 1)) ** 2 == patches - 1 > 0:
+        raise ValueError(f"position embeddings for a class token and {patches - 1:,} patches, and {token} is missing")
+    raise ValueError(f"position embeddings for {patches:,} patches, which make no square, as Vitrail's images are")
 
 
 def _mlp_dim(shapes: Shapes, spelled: Spelling, layers: int) -> int:

@@ -27,11 +27,11 @@ from vitrail.weights.formats import (
     measure,
     read_weights,
     refuse,
-    refuse_additions,
     section,
     side,
     to_ours,
     to_theirs,
+    unsaid,
 )  # fmt: skip
 
 MEND = (
@@ -104,10 +104,10 @@ def read_timm(folder: Path) -> Imported:
     config = read_json(at)
     seen = section(config, "pretrained_cfg", at) if "pretrained_cfg" in config else config  # older ones are one list
     options = section(config, "model_args", at)
+    architecture = _architecture(config, at)  # first: of another model, nothing else that is said would help
     weights = read_weights(folder, MEND)
     refuse(weights, FOREIGN, weights_at)
     _check_options(options, at)
-    architecture = _architecture(config, at)
     blocks = timm_hybrid.read_stages(architecture, weights, at, weights_at)
     heads = options.get("num_heads", OTHER_HEADS.get(architecture, HEADS[architecture.split("_")[1]]))
     classifier = _classifier(config, options, weights, at)
@@ -247,31 +247,19 @@ def _shorter_side(seen: dict[str, Any], size: int) -> int | None:
     return math.floor(size / share) if isinstance(share, int | float) and 0.1 <= share <= 1 else None
 
 
-def check_timm(config: ViTConfig) -> None:
-    """See to it that timm has such a model.
-
-    Raises:
-        BadInput: it has not; the message names the option that stands in the way.
-    """
-    for name, value, plain in (
-        ("representation_size", config.representation_size, None),
-        ("layer_norm_eps", config.layer_norm_eps, EPSILON),
-    ):  # fmt: skip
-        if value != plain:
-            only = f": it is always {EPSILON:g} there" if name == "layer_norm_eps" else ""
-            raise BadInput(f"timm's VisionTransformer has no {name} = {shorten(value)}, as this model has it{only}.")
-    timm_hybrid.check_stages(config)
-    refuse_additions(config, "timm")
+def unsaid_by_timm(config: ViTConfig) -> dict[str, Any]:
+    """The options of a model that timm's VisionTransformer has not."""
+    stages = config.resnet_blocks if config.resnet_blocks in timm_hybrid.STAGES.values() else None
+    return unsaid(config, {"representation_size": None, "layer_norm_eps": EPSILON, "resnet_blocks": stages})
 
 
 def write_timm(folder: Path, model: Imported, card: str) -> None:
-    """Write a model into a folder, as `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; `card` is its
-    README.
+    """Write a model, none of whose options are unsaid, into a folder, as
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; `card` is its README.
 
     Raises:
-        BadInput: timm has no such model, or a hybrid of it has other logits there.
+        BadInput: it is a hybrid, and has other logits in timm.
     """
-    check_timm(model.config)
     if model.config.resnet_blocks is not None:
         timm_hybrid.check_epsilons(model)
     weights = to_theirs(model.tensors, partial(names, stages=model.config.resnet_blocks))

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import BadInput
-from vitrail.vit.config import ViTConfig, shorten
+from vitrail.vit.config import shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.resnet import StdConv
-from vitrail.weights.formats import TOLERANCE, Imported, random_images
+from vitrail.weights.formats import TOLERANCE, Imported, difference, random_images
 
 Stages = tuple[int, ...]
 
@@ -97,20 +97,6 @@ def channels(weights: dict[str, Tensor], stages: Stages) -> int:
     return root.shape[1] if root is not None and root.ndim == 4 else 3
 
 
-def check_stages(config: ViTConfig) -> None:
-    """See to it that timm has a hybrid with these stages.
-
-    Raises:
-        BadInput: it has not.
-    """
-    if config.resnet_blocks is not None and config.resnet_blocks not in STAGES.values():
-        has = ", ".join(map(str, STAGES.values()))
-        raise BadInput(
-            f"timm has no hybrid with resnet_blocks = {shorten(config.resnet_blocks)}, as this model has it; those "
-            f"that it has are of {has}."
-        )
-
-
 def check_epsilons(model: Imported) -> None:
     """See to it that a hybrid's logits are the same in timm, on random images.
 
@@ -119,10 +105,10 @@ def check_epsilons(model: Imported) -> None:
     """
     images = random_images(model.config)
     with torch.inference_mode():
-        difference = float((_built(model)(images) - as_timm_has_it(model)(images)).abs().max())
-    if difference > TOLERANCE:
+        apart = difference(_built(model)(images), as_timm_has_it(model)(images))
+    if apart > TOLERANCE:
         raise BadInput(
-            f"timm would give other logits for this hybrid, by {difference:.2g}, and {TOLERANCE:g} is the most that "
+            f"timm would give other logits for this hybrid, by {apart:.2g}, and {TOLERANCE:g} is the most that "
             f"Vitrail exports. Where the official code adds {OURS:g} to the standard deviation that the ResNet's "
             f"kernels are divided by, timm adds {THEIRS:g} to the variance, and these kernels are small enough for it "
             "to show. Such a model stays with Vitrail: vitrail.load takes it from where it is."

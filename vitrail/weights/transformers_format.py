@@ -22,11 +22,11 @@ from vitrail.weights.formats import (
     measure,
     read_weights,
     refuse,
-    refuse_additions,
     section,
     side,
     to_ours,
     to_theirs,
+    unsaid,
 )  # fmt: skip
 
 MEND = "load it with transformers' from_pretrained, then save_pretrained it as one file of safetensors"
@@ -179,31 +179,14 @@ def _shorter_side(seen: dict[str, Any], image_size: int) -> int | None:
     return side if isinstance(side, int) and image_size <= side <= 10 * image_size else None
 
 
-def check_transformers(config: ViTConfig) -> None:
-    """See to it that transformers has such a model.
-
-    Raises:
-        BadInput: it has not; the message names the option that stands in the way.
-    """
-    for name, value, plain in (
-        ("classifier", config.classifier, "token"), ("representation_size", config.representation_size, None),
-        ("resnet_blocks", config.resnet_blocks, None),
-    ):  # fmt: skip
-        if value != plain:
-            mend = " --to timm says it; so does --classifier token at training." if name == "classifier" else ""
-            raise BadInput(
-                f"transformers' ViTForImageClassification has no {name} = {shorten(value)}, as this model has it.{mend}"
-            )
-    refuse_additions(config, "transformers")
+def unsaid_by_transformers(config: ViTConfig) -> dict[str, Any]:
+    """The options of a model that transformers' ViTForImageClassification has not."""
+    return unsaid(config, {"classifier": "token", "representation_size": None, "resnet_blocks": None})
 
 
 def write_transformers(folder: Path, model: Imported, card: str) -> None:
-    """Write a model into a folder, as `ViTForImageClassification.from_pretrained` loads it; `card` is its README.
-
-    Raises:
-        BadInput: transformers has no such model.
-    """
-    check_transformers(model.config)
+    """Write a model, none of whose options are unsaid, into a folder, as `ViTForImageClassification.from_pretrained`
+    loads it; `card` is its README."""
     weights = to_theirs(model.tensors, names)
     write_tensors(folder / "model.safetensors", weights, metadata={"format": "pt"})  # without it, none are loaded
     write_text(folder / "config.json", json.dumps(_written_config(model), indent=2) + "\n")
