@@ -281,6 +281,11 @@ def test_a_run_is_loaded_evaluated_and_compared(run: Path, photos: Path, tmp_pat
     assert differing["architecture"] == ["resnet-18", "vit"]
     assert differing["hidden_size"] == ["none", "64"]
     assert differing["resnet_width"] == ["64", "none"]
+    assert "dropout" not in differing  # which no model here has
+    _, differing = differences(
+        load([Path(__file__).parent.parent / "results" / f"coffee{kind}-seed-0" for kind in ("-cnn", "-bf16")])
+    )
+    assert (differing["gelu"], differing["zero_residual"]) == (["none", "exact"], ["none", "true"])
 
 
 def test_what_is_of_transformers_alone_refuses_it(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vitrail.pages.pictures import EPOCHS, Axis, Chart, Series, Tick, figures, n
 from vitrail.pages.report import fill
 from vitrail.pages.runs import ELSEWHERE, Judged, Row
 from vitrail.progress import duration, say
-from vitrail.settings import Recipe
+from vitrail.settings import TRANSFORMER_ONLY, Recipe
 from vitrail.weights.files import write_text
 
 MARK = '<meta name="generator" content="vitrail compare">'  # by which a page of ours is known
@@ -75,13 +75,18 @@ def _images_of(judge: Judged) -> str:
 
 
 def differences(rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[str]]]:
-    """The rows that have settings, and the settings in which they differ, with what each row has."""
+    """The rows that have settings, and the settings in which they differ, with what each row has; `none` where its
+    model has no such thing."""
     having = [row for row in rows if row.first.settings]
+    of_vit = [row.first.settings["architecture"] == "vit" for row in having]
     found = {"recipe": [row.first.record.name for row in having]}
     for name in ("from", *(field.name for field in fields(Recipe) if field.name not in ELSEWHERE)):
         values = [dict.fromkeys(_said(entry.settings[name]) for entry in row.entries) for row in having]
         found[name] = [", ".join(each) for each in values]
-    return having, {name: values for name, values in found.items() if len(set(values)) > 1}
+    differing = {name: values for name, values in found.items() if len(set(values)) > 1}
+    for name in differing.keys() & set(TRANSFORMER_ONLY):
+        differing[name] = [value if there else "none" for value, there in zip(differing[name], of_vit, strict=True)]
+    return having, differing
 
 
 def _said(value: Any) -> str:
