@@ -194,6 +194,27 @@ def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(decoded: Images, mon
     assert rest.cut(index, window).device.type == "cuda"
 
 
+def test_a_run_that_streams_is_known_before_torch_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitrail.commands.training import streams
+    from vitrail.recipes import resolve
+    from vitrail.weights.checkpoint import Run
+
+    monkeypatch.chdir(tmp_path)
+    for name, streaming in (("first", True), ("latest", False)):
+        run = Run.create(Path("runs") / name)
+        run.write_recipe(resolve("small", data="photos", stream=streaming))
+        run.save_state({}, {})
+    os.utime(Path("runs/first/last/state.safetensors"), (0, 0))
+    assert streams({"stream": True})
+    assert not streams({"stream": False})
+    assert not streams({})
+    assert streams({"resume": True, "output": Path("runs/first")})
+    assert not streams({"resume": True})
+    os.utime(Path("runs/latest/last/state.safetensors"), (-9, -9))
+    assert streams({"resume": True})
+    assert not streams({"resume": True, "output": Path("gone")})
+
+
 def test_images_beyond_memory_are_read_ahead(decoded: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

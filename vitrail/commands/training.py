@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -99,7 +100,7 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
         settings = (PRETRAINING if pretrained else {}) | settings
         # What is wrong with them is said at once, before torch is imported.
         resolved = resolve(name or default_recipe("from_weights" in given), **settings)
-    if given.get("stream"):  # torch reads it when it is imported: else threads that wait spin on cores that decode
+    if streams(given):  # torch reads it when it is imported: else threads that wait spin on cores that decode
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vitrail.environment import launcher, program
     from vitrail.progress import counted, duration, say
@@ -128,6 +129,21 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
         then.append(f"{launcher()} {'pretrain' if pretrained else 'train'} --resume{track} --output {run}")
     lines += [f"{'' if place else 'then':9}{words}" for place, words in enumerate(then)]
     return "\n".join(lines)
+
+
+def streams(given: Mapping[str, Any]) -> bool:
+    """Whether the run that is asked for decodes images as they are needed; one that is resumed without being named is
+    taken to be that of the latest checkpoint, before anything is imported that knows better."""
+    if "resume" not in given:
+        return bool(given.get("stream"))
+    states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
+    run = given.get("output") or (states[-1].parent.parent if states else Path())
+    try:
+        return (
+            re.search(r"^ +stream: .*value: true", (run / "recipe.yaml").read_text("utf-8"), re.MULTILINE) is not None
+        )
+    except (OSError, UnicodeDecodeError):
+        return False  # what is wrong with it is said by what opens it
 
 
 def mirrors_digits(resolved: Resolved) -> bool:
