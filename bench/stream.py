@@ -35,7 +35,7 @@ SIZE = 224
 # Random squares of the images, and a model that costs little beside decoding: it is the input that is measured.
 RECIPE = [
     "vit-12", f"--image-size={SIZE}", "--patch-size=32", "--hidden-size=16", "--mlp-dim=16", "--num-heads=1",
-    "--num-layers=1", "--epochs=1", "--batch-size=100", "--device=cpu", "--flip=none", "--rotate=0",
+    "--num-layers=1", "--epochs=1", "--batch-size=100", "--device=cpu", "--flip=none", "--rotate=0", "--precision=auto",
 ]  # fmt: skip
 
 

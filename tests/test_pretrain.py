@@ -148,7 +148,7 @@ def test_predictions_do_not_see_what_is_hidden(objective: Objective, images: Ten
     before = model.predict(images, masks)
     for visible in (False, True):
         patches = torch.where((used == visible)[..., None], 0.3, model.patchify(images))
-        cells = patches.unflatten(2, (3, 4, 4)).unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5)
+        cells = patches.unflatten(2, (4, 4, 3)).unflatten(1, (4, 4)).permute(0, 5, 1, 3, 2, 4)
         after = model.predict(cells.flatten(4, 5).flatten(2, 3), masks)
         assert torch.equal(after, before) is not visible
 

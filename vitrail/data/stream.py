@@ -34,8 +34,18 @@ class _Task:
 
     names: list[str]
     slots: list[int]
-    sizes: "Future[list[tuple[int, int] | str]]"  # heights and widths, or why one cannot be read
+    decoded: "Future[list[tuple[int, int] | str]]"
     taken: int = 0
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int] | str]:
+        """Heights and widths, or why an image cannot be read; waited for.
+
+        Raises:
+            ChildProcessError: the worker was ended from outside.
+        """
+        with ended_from_outside():
+            return self.decoded.result()
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,7 @@ class Decoders:
             if not self._tasks or self._tasks[0].names[self._tasks[0].taken] != name:
                 self.expect(names[place:])
             task = self._tasks[0]
-            with ended_from_outside():
-                size, slot = task.sizes.result()[task.taken], task.slots[task.taken]
+            size, slot = task.sizes[task.taken], task.slots[task.taken]
             if isinstance(size, str):
                 self._drop()
                 raise _cannot_be_read(name, size)
@@ -123,7 +132,7 @@ class Decoders:
             task.taken += 1
             if task.taken == len(task.names):
                 self._tasks.popleft()
-            self._submit()
+                self._submit()  # as many as were taken: no sooner is there room for a task
 
     def close(self) -> None:
         """End the processes, and what they are doing; to read again starts them again."""
@@ -146,7 +155,7 @@ class Decoders:
 
     def _drop(self) -> None:
         """Give up what is being decoded: what a worker has begun it ends, for it writes into its slots."""
-        wait([task.sizes for task in self._tasks if not task.sizes.cancel()])
+        wait([task.decoded for task in self._tasks if not task.decoded.cancel()])
         for task in self._tasks:
             self._free += task.slots[task.taken :]
         self._tasks.clear()

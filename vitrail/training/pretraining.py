@@ -90,7 +90,7 @@ class Pretraining(nn.Module):
         raise NotImplementedError
 
     def patchify(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N pixels"]:
-        """The pixels of each patch, channel first."""
+        """The values of each patch, pixel by pixel, as 2111.06377's code has them too."""
         assert isinstance(self.encoder.patch_embedding, PatchEmbedding)  # Recipe sees to it
         return self.encoder.patch_embedding.patchify(images)
 
@@ -232,7 +232,7 @@ def decoder_config(recipe: Recipe) -> ViTConfig:
 
 def mean_colours(patches: Float[Tensor, "B N pixels"]) -> Int[Tensor, "B N"]:
     """The mean colour of each patch in 3 bits a channel, the highest of its byte's: 64 red + 8 green + blue."""
-    means = patches.unflatten(2, (3, -1)).mean(dim=3)
+    means = patches.unflatten(2, (-1, 3)).mean(dim=2)
     # A thousandth of a byte keeps patches of one even colour from falling below it by rounding.
     levels = ((means + 1) * 127.5 + 1e-3).div(256 / LEVELS).long().clamp(0, LEVELS - 1)
     red, green, blue = levels.unbind(dim=2)
@@ -288,6 +288,6 @@ def draw_pictures(model: Pretraining, pixels: Pixels, recipe: Recipe) -> dict[st
 def unpatchify(patches: Float[Tensor, "B N pixels"], size: int) -> UInt8[Tensor, "B S S 3"]:
     """Patches put together to images of bytes."""
     side = math.isqrt(patches.shape[1])
-    cells = patches.unflatten(2, (3, size, size)).unflatten(1, (side, side))  # (B, rows, columns, 3, P, P)
-    images = cells.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+    cells = patches.unflatten(2, (size, size, 3)).unflatten(1, (side, side))  # (B, rows, columns, P, P, 3)
+    images = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()

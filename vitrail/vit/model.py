@@ -65,14 +65,16 @@ class PatchEmbedding(nn.Module):
         self.projection = nn.Conv2d(channels, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B patches D"]:
-        return F.linear(self.patchify(images), self.projection.weight.flatten(1), self.projection.bias)
+        weight = self.projection.weight.permute(0, 2, 3, 1).flatten(1)  # in the order of a patch's values
+        return F.linear(self.patchify(images), weight, self.projection.bias)
 
-    def patchify(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B patches pixels"]:
-        """Cut images into patches, row by row; a patch's pixels are flattened channel first."""
+    def patchify(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B patches values"]:
+        """x_p: images cut into patches, row by row; of a patch, the P² · C values pixel by pixel, as batches have them
+        in memory."""
         batch, channels, height, width = images.shape
         size = self.patch_size
-        cells = images.reshape(batch, channels, height // size, size, width // size, size)
-        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, rows · columns, channels · P · P)
+        cells = images.permute(0, 2, 3, 1).reshape(batch, height // size, size, width // size, size, channels)
+        return cells.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class Attention(nn.Module):
