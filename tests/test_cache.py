@@ -16,6 +16,7 @@ from PIL import Image
 from vitrail.data import workers
 from vitrail.data.cache import Dataset, Images, Split, load, load_for_evaluation
 from vitrail.data.images import open_image, to_pixels
+from vitrail.data.stream import Streamed
 from vitrail.errors import BadInput
 
 
@@ -220,6 +221,22 @@ def test_undivided_images_are_scored_whole_from_the_same_cache(photos: Path, roo
     photos.mkdir()
     (photos.parent / "inside").rename(photos / "train")  # a train/ alone is undivided, too
     assert load_for_evaluation(str(photos), 16, classes)[1] == "all"
+
+
+def test_images_are_as_large_as_those_that_were_learnt_from(photos: Path, root: Path) -> None:
+    classes = ("ant", "bee", "cat")
+    for side in (16, 17, 40):
+        kept = load_for_evaluation(str(photos), 16, classes, shorter_side=side)[2]
+        streamed = load_for_evaluation(str(photos), 16, classes, shorter_side=side, stream=True)[2]
+        assert {min(kept.image(i).shape[:2]) for i in range(len(kept))} == {side}
+        for index, image in enumerate(streamed.read(range(len(streamed)))):
+            assert (image == kept.image(index)).all()
+            assert (image == to_pixels(open_image(photos / kept.names[index]), 16, side)).all()
+        assert isinstance(streamed, Streamed)
+        streamed.decoders.close()
+    before = sorted(root.iterdir())
+    load_for_evaluation(str(photos), 16, classes, shorter_side=40)
+    assert sorted(root.iterdir()) == before  # kept, each size by itself
 
 
 def test_its_own_data_set_is_divided_as_in_training_wherever_it_lies(photos: Path) -> None:

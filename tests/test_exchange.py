@@ -406,7 +406,7 @@ def test_images_of_exported_runs_are_as_large_as_those_that_were_measured(traine
         said = json.loads((tmp_path / source.name / "vit" / "preprocessor_config.json").read_text("utf-8"))
         assert said["size"] == {"shortest_edge": side}
         card = (tmp_path / source.name / "vit" / "README.md").read_text("utf-8")
-        assert ("So were those that it learnt from, and so are those that `vitrail predict`" in card) == (side == 16)
+        assert ("`vitrail predict` and `evaluate` do the same" in card) == (side == 16)
         assert ("enlarges smaller images to 16 only" in card) == (side == 18)
 
 

@@ -23,13 +23,15 @@ from vitrail.pages.runs import load as load_runs
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
 from vitrail.settings import Recipe
 from vitrail.training.optimize import warmup_steps
+from vitrail.training.resume import same as is_of
 from vitrail.training.session import Result
-from vitrail.training.train import model_config
+from vitrail.training.train import fewer_at_once, model_config
 from vitrail.training.transfer import begin
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.positions import resize_position_embedding
 from vitrail.weights.checkpoint import Run
+from vitrail.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
 # For digits, and seconds, instead of the recipe's photographs
@@ -242,6 +244,39 @@ def test_help_is_of_the_recipe_that_weights_ask_for(capsys: pytest.CaptureFixtur
     assert "(12/7 of what the weights were trained with, 384 at most)" in " ".join(said.split())
 
 
+@pytest.mark.parametrize(
+    ("images", "processes", "settings", "batch"),
+    [
+        (24, 1, {}, 24),
+        (31, 1, {"repeats": 2}, 62),  # each twice, as asked
+        (300, 1, {"repeats": 2}, 512),  # 256 different ones
+        (31, 1, {"accumulate": 4}, 28),
+        (31, 2, {"accumulate": 2, "mixup": 0.8}, 24),  # in each of 4 parts, pairs
+        (31, 3, {}, 30),
+        (512, 1, {}, 512),
+        (3, 4, {}, 512),  # nothing would do: what is wrong is said of the batch
+        (24, 1, {"batch_size": 48}, 48),
+    ],
+)
+def test_batches_are_no_larger_than_the_images_that_there_are(
+    images: int, processes: int, settings: dict[str, Any], batch: int, foreign: Path
+) -> None:
+    start = begin(resolve(FINE_TUNE, data="digits", **settings), foreign)
+    recipe = fewer_at_once(start, images, World(size=processes)).resolved.recipe
+    assert recipe == replace(start.resolved.recipe, batch_size=batch)  # which is checked in being made
+
+
+def test_a_batch_that_is_asked_for_is_that_of_another_run(foreign: Path, tmp_path: Path) -> None:
+    """A job that torchrun starts again goes on with its run, whatever the images decided of it."""
+    start = begin(resolve(FINE_TUNE, data="digits"), foreign)
+    run = Run.create(tmp_path / "run")
+    run.write_recipe(fewer_at_once(start, 24, World()).resolved)
+    assert run.recipe().recipe.batch_size == 24
+    assert is_of(run, start.resolved)
+    asked = begin(resolve(FINE_TUNE, data="digits", batch_size=64), foreign).resolved
+    assert not is_of(run, asked)
+
+
 def test_few_images_are_not_repeated_in_each_batch(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +287,7 @@ def test_few_images_are_not_repeated_in_each_batch(
             Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / colour / f"{number}.png")
     data = str(tmp_path / "photos")
     result = vitrail.train(from_weights=trained, data=data, epochs=2, device="cpu", output=tmp_path / "few")
-    assert "the 24 images are fewer than a batch of 512: 24 are taken at a time" in capsys.readouterr().err
+    assert "24 images are fewer than a batch of 512: 24 are taken at a time" in capsys.readouterr().err
     kept = Run.open(tmp_path / "few").recipe()
     assert (kept.recipe.batch_size, kept.set_by["batch_size"]) == (24, "images")
     assert result.results["samples_seen"] == 48

@@ -59,8 +59,9 @@ def kept(config: ViTConfig, *, images: int = 4, checkpointed: bool = False, bf16
         replace(GAP, dropout=0.1),
         replace(GAP, layer_scale=0.1, qk_norm=True),
         replace(GAP, num_layers=12, num_heads=8),
+        replace(GAP, num_layers=1, stem="convolutions"),
     ],
-    ids=["gap", "token", "long", "dropout", "additions", "deep"],
+    ids=["gap", "token", "long", "dropout", "additions", "deep", "stem"],
 )
 def test_what_is_counted_is_what_autograd_keeps(config: ViTConfig) -> None:
     plain = recipe()

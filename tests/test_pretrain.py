@@ -250,7 +250,7 @@ def test_optimizers_know_the_encoder_and_the_decoder() -> None:
     assert sorted(names) == sorted(id(weight) for group in groups for weight in group["params"])
     hidden = {names[id(weight)] for group in groups if "parts" in group for weight in group["params"]}
     assert {"encoder.blocks.1.mlp.out.weight", "decoder_blocks.0.attention.qkv.weight"} <= hidden
-    assert not {"prediction.weight", "decoder_embedding.weight", "encoder.head.weight"} & hidden
+    assert not {"decoder_prediction.weight", "decoder_embedding.weight", "encoder.head.weight"} & hidden
     spared = {names[id(weight)] for group in groups if not group["weight_decay"] for weight in group["params"]}
     assert {"mask_embedding", "encoder.position_embedding", "decoder_norm.weight"} <= spared
 
@@ -274,7 +274,7 @@ def test_it_learns_more_than_what_patches_are_like_anywhere(whole: Path, scans: 
     loss = json.loads((whole / "results.json").read_text())["loss"]
     model = to_train(build_model(recipe, 10), recipe)
     if isinstance(model, MaskedAutoencoder):  # as it is of patches without a pattern
-        torch.nn.init.zeros_(model.prediction.weight)
+        torch.nn.init.zeros_(model.decoder_prediction.weight)
         assert loss < 0.9 * judge_reconstruction(model, scans, recipe).curves["loss"]
     else:  # as it is of colours that are guessed by how frequent they are
         assert isinstance(model, MaskedPatchPrediction)
@@ -379,6 +379,8 @@ def test_what_needs_labels_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     assert resolved.set_by["lr"] == "command line"
     assert resolve("taught").recipe == taught
+    stemmed = resolve("laptop", objective="pixels")
+    assert (stemmed.recipe.stem, stemmed.set_by["stem"]) == ("patch", "objective")
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,12 @@ def test_a_run_that_streams_is_known_before_torch_is_there(tmp_path: Path, monke
     os.utime(Path("runs/latest/last/state.safetensors"), (-9, -9))
     assert streams({"resume": True})
     assert not streams({"resume": True, "output": Path("gone")})
+    assert not streams({"resume": True, "stream": False})
+    assert streams({"resume": True, "stream": True, "output": Path("runs/latest")})
+    assert streams({"resume": True, "recipe": "small"})
+    assert not streams({"resume": True, "recipe": "sma"})
+    Path("runs/first/results.json").write_text("{}")
+    assert not streams({"resume": True})
 
 
 def test_images_beyond_memory_are_read_ahead(decoded: Images, monkeypatch: pytest.MonkeyPatch) -> None:

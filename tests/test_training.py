@@ -436,6 +436,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
     assert "Traceback" not in errors
 
 
+def test_a_run_whose_kernels_adamw_had_does_not_go_on_by_muon(tmp_path: Path) -> None:
+    """As runs with a stem of convolutions were before Muon had its kernels."""
+    settings: dict[str, Any] = {
+        "optimizer": "muon", "stem": "convolutions", "num_layers": 1, "epochs": 2, "batch_size": 500,
+    }  # fmt: skip
+    vitrail.train("digits", output=tmp_path / "run", stop_after=1, device="cpu", **settings)
+    run = Run.open(tmp_path / "run")
+    tensors, progress = run.read_state()
+    name = "optimizer.patch_embedding.layers.0.weight"
+    tensors[f"{name}.exp_avg"] = tensors.pop(f"{name}.momentum_buffer")
+    run.save_state(tensors, progress)
+    with pytest.raises(BadInput, match=r"had AdamW for patch_embedding\.layers\.0\.weight; train anew"):
+        vitrail.train(output=run.path, resume=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

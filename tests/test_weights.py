@@ -107,6 +107,16 @@ def torch_file() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x613C, 64])
+def test_cut_off_safetensors_are_taken_for_nothing_else(length: int, tmp_path: Path) -> None:
+    """They begin with a length of any bytes, in turn those that pickles begin with, and <a."""
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(ViTConfig(16, 4, 8, 8, 2, 1, 3)), ("a", "b", "c"))
+    (run.path / "model" / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"weight":{"dtype"')
+    with pytest.raises(BadInput, match=r"It may have been cut off: if it was fetched or copied, do that again\."):
+        vitrail.load(run.path)
+
+
 def objects() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, cls=np.array([{"a": 1}], dtype=object))
@@ -117,7 +127,7 @@ def objects() -> bytes:
     ("content", "message"),
     [
         (b"", r"cannot be read as a NumPy archive.*It is empty: fetch or save it again\."),
-        (b"no archive", r"cannot be read as a NumPy archive.*fetch it again\."),
+        (b"no archive", "cannot be read as a NumPy archive.*It may have been cut off"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a pointer of Git LFS.*`git lfs pull`"),
         (b" <!DOCTYPE html>", "It is a web page: fetch the file itself"),
         (pickle.dumps({"weight": 1}), "cannot be read as a NumPy archive.*It is a pickle, .*save .* as safetensors"),

@@ -111,7 +111,8 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe with all its values, and for each who set it: `default`, `recipe`, `command line`, or `weights`."""
+    """A recipe with all its values, and for each who set it: `default`, `recipe`, `command line`, the `weights` that it
+    begins with, the `objective` that has no use for it, the `images` that are fewer, or the `machine`."""
 
     name: str
     recipe: Recipe

@@ -51,7 +51,9 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
 )
 
 # What pre-training has no use for, or cannot have; what a recipe for classes has of it is set back to these.
-CLASSES_ONLY = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "layer_decay": 1.0, "patch_dropout": 0.0}
+CLASSES_ONLY: dict[str, Any] = {
+    "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "layer_decay": 1.0, "patch_dropout": 0.0, "stem": "patch",
+}  # fmt: skip
 
 Precision = Literal["auto", "fp32", "bf16"]
 Tracking = Literal["wandb", "mlflow"]  # no setting of a recipe: where figures go, not what they are
@@ -236,11 +238,11 @@ class Recipe:
     def _check_objective(self) -> None:
         if not self.self_supervised:
             return
+        if self.stem != "patch":
+            raise BadInput("pre-training needs stem = patch: convolutions see what is hidden beside a patch.")
         if useless := [name for name, off in CLASSES_ONLY.items() if getattr(self, name) != off]:
             mend = ", ".join(f"{name} = {CLASSES_ONLY[name]:g}" for name in useless)
             raise BadInput(f"pre-training has no use for {', '.join(useless)}; leave it out, or set {mend}.")
-        if self.stem != "patch":
-            raise BadInput("pre-training needs stem = patch: convolutions see what is hidden beside a patch.")
         if self.representation_size is not None:
             raise BadInput("pre-training leaves the layer before the head untrained; leave representation_size out.")
 

@@ -1,6 +1,7 @@
 """The commands around one run: train, pretrain, evaluate, predict, report."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -132,18 +133,19 @@ def do_train(args: argparse.Namespace, *, pretrained: bool = False) -> str:
 
 
 def streams(given: Mapping[str, Any]) -> bool:
-    """Whether the run that is asked for decodes images as they are needed; one that is resumed without being named is
-    taken to be that of the latest checkpoint, before anything is imported that knows better."""
-    if "resume" not in given:
+    """Whether the run that is asked for decodes images as they are needed. One that is resumed says so itself, if
+    nobody does now; where it is not named, the latest that has not ended, and is of the recipe that is, is taken for
+    it, for nothing is imported yet that knows better."""
+    if "stream" in given or "resume" not in given:
         return bool(given.get("stream"))
-    states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: state.stat().st_mtime)
-    run = given.get("output") or (states[-1].parent.parent if states else Path())
-    try:
-        return (
-            re.search(r"^ +stream: .*value: true", (run / "recipe.yaml").read_text("utf-8"), re.MULTILINE) is not None
-        )
-    except (OSError, UnicodeDecodeError):
-        return False  # what is wrong with it is said by what opens it
+    states = sorted(Path("runs").glob("*/last/state.safetensors"), key=lambda state: -state.stat().st_mtime)
+    runs = [run for run in (state.parent.parent for state in states) if not (run / "results.json").exists()]
+    for run in [given["output"]] if "output" in given else runs:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # what is wrong with it is said by what opens it
+            lines = (run / "recipe.yaml").read_text("utf-8").splitlines()
+            if "recipe" not in given or f"recipe: {given['recipe']}" in lines:
+                return any(re.match(r" +stream: .*value: true", line) for line in lines)
+    return False
 
 
 def mirrors_digits(resolved: Resolved) -> bool:

@@ -198,7 +198,7 @@ def _open(data: str, image_size: int, shorter_side: int | None, *, to_train: boo
     kept = cache_root() / f"{plain}-{storage.fingerprint()}"
     entry = kept.with_name(f"{kept.name}-{image_size}-v{FORMAT}")
     stored = None if stream else open_or_none(entry)
-    if shorter_side is not None and not (stored and stored.all_have(shorter_side)):
+    if shorter_side is not None and not (stored and stored.judged_have(shorter_side)):
         entry = kept.with_name(f"{kept.name}-{image_size}-{shorter_side}-v{FORMAT}")
         stored = None if stream else open_or_none(entry)
     found = stored or read_source(data, name, storage)

@@ -49,9 +49,11 @@ class Stored:
     splits: dict[str, tuple[Any, ...]]
     pixels: NDArray[np.uint8]
 
-    def all_have(self, shorter_side: int) -> bool:
-        """Whether that is the shorter side of every image."""
-        return all((sizes.min(axis=1) == shorter_side).all() for _, _, sizes, _, _ in self.splits.values())
+    def judged_have(self, shorter_side: int) -> bool:
+        """Whether that is the shorter side of every image that a model can be judged by: those that are to train on are
+        only where the data set came undivided."""
+        judged = [parts for name, parts in self.splits.items() if self.divided or name != "train"]
+        return all((sizes.min(axis=1) == shorter_side).all() for _, _, sizes, _, _ in judged)
 
 
 def offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

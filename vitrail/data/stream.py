@@ -132,7 +132,7 @@ class Decoders:
             task.taken += 1
             if task.taken == len(task.names):
                 self._tasks.popleft()
-                self._submit()  # as many as were taken: no sooner is there room for a task
+                self._submit()  # not behind each image: there is hardly ever room sooner, and asking takes time
 
     def close(self) -> None:
         """End the processes, and what they are doing; to read again starts them again."""

@@ -16,8 +16,7 @@ from vitrail.vit.config import Colours
 from vitrail.vit.models import Model
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.files import read_about
-from vitrail.weights.formats import HEAD
-from vitrail.weights.load import build, is_run, read
+from vitrail.weights.load import build, is_run, read, with_head
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,7 @@ def open_classifier(source: Path) -> Classifier:
             )
         model, classes = run.load_model()
         return Classifier(model, classes, *run.preprocessing(), run.shorter_side(), run, resolved)
-    found = read(source)
-    if HEAD[0] not in found.tensors:
-        raise BadInput(
-            f"{source} has no head, and so no classes. Train it on images of yours: vitrail train --from {source} "
-            f"--data D; or measure what it sees: vitrail probe {source} --data D."
-        )
+    found = with_head(read(source), source)
     return Classifier(build(found, source), found.classes, found.mean, found.std, found.shorter_side, None, None)
 
 

@@ -91,7 +91,7 @@ def open_model(source: Path, image_size: int | None = None) -> Explained:
     found = read(source)
     classes = None if HEAD[0] in found.tensors else 1
     model = build(found, source, image_size=image_size, num_classes=classes)
-    side = found.shorter_side if model.config.image_size == found.config.image_size else None
+    side = found.shorter_side_at(model.config.image_size)
     return Explained(
         called(source), model, found.classes, found.mean, found.std, told and bool(model.head.weight.any()),
         found.config.image_size, side, done,

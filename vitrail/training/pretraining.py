@@ -162,8 +162,8 @@ class MaskedAutoencoder(Pretraining):
             TransformerEncoderBlock(shape, 1 + layer) for layer in range(shape.num_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, shape.layer_norm_eps)
-        self.prediction = nn.Linear(width, 3 * config.patch_size**2)
-        for layer in (self.decoder_embedding, *self.decoder_blocks.modules(), self.prediction):
+        self.decoder_prediction = nn.Linear(width, 3 * config.patch_size**2)
+        for layer in (self.decoder_embedding, *self.decoder_blocks.modules(), self.decoder_prediction):
             if isinstance(layer, nn.Linear):  # all alike, as in its code
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -189,7 +189,7 @@ class MaskedAutoencoder(Pretraining):
                 tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
                 tokens = block(tokens)
-        return self.prediction(rows_of(self.decoder_norm(tokens[:, front:]), masks.masked)).float()
+        return self.decoder_prediction(rows_of(self.decoder_norm(tokens[:, front:]), masks.masked)).float()
 
     def encode(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B T D"]:
         """The encoder's output for what stands in front of the patches, and for the visible ones."""

@@ -125,7 +125,8 @@ def begun_by_job(wanted: Path, resolved: Resolved, world: World) -> Path | None:
 def same(run: Run, resolved: Resolved) -> bool:
     """Whether a run was begun with these settings, whatever the machine and the images decided of them."""
     then = run.recipe()
-    settings = {name for name, who in then.set_by.items() if who not in ("machine", "images")}
+    asked = {name for name, who in resolved.set_by.items() if who == "command line"}
+    settings = {name for name, who in then.set_by.items() if who != "machine" and (who != "images" or name in asked)}
     return (then.name, then.weights) == (resolved.name, resolved.weights) and all(
         getattr(then.recipe, name) == getattr(resolved.recipe, name) for name in settings
     )
@@ -173,9 +174,10 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, averag
     """Put the saved state of a run into a model, its optimizer and the average of its weights.
 
     Raises:
-        BadInput: there is no state, it is damaged, or it is of a model of another shape.
+        BadInput: there is no state, it is damaged, or it is of a model of another shape, or another optimizer.
     """
     tensors, progress = run.read_state()
+    of_muon = {weight for group in optimizer.param_groups if "parts" in group for weight in group["params"]}
     for prefix, own in (("model.", model.state_dict()), ("average.", average)):
         found = {name.removeprefix(prefix): saved for name, saved in tensors.items() if name.startswith(prefix)}
         check_shapes(own, found, run.path / "last" / "state.safetensors")
@@ -183,6 +185,8 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, averag
             tensor.copy_(like(found[name], tensor))
     for name, weight in model.named_parameters():
         prefix = f"optimizer.{name}."
+        if weight in of_muon and f"{prefix}exp_avg" in tensors:
+            raise BadInput(f"{run.path} was begun by a version of Vitrail that had AdamW for {name}; train anew.")
         for key, value in tensors.items():
             if key.startswith(prefix):
                 # Adam counts its steps in a tensor without dimensions, which fused kernels want on the device too.

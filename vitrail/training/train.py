@@ -1,5 +1,6 @@
 """A whole training run, from a recipe to its page."""
 
+import math
 import time
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
@@ -41,6 +42,7 @@ from vitrail.vit.model import VisionTransformer
 from vitrail.vit.models import Config, Model, build
 from vitrail.vit.resnet import ResNetConfig
 from vitrail.weights.checkpoint import Run
+from vitrail.weights.files import check_place
 from vitrail.world import World, join
 
 
@@ -91,18 +93,18 @@ def train(
         if run is None and (lost := begun_by_job(wanted, start.resolved, world)) is not None:
             run, resolved = take_up(None, lost, settings)
             start = go_on(run, resolved)
-        asked, start = start, settle(start, device, world)
-        chosen = start.resolved.recipe
-        check_shares(chosen, world)
-        tracker = connect(track) if world.first else None
+        check_place(wanted.parent)
+        tracker, chosen = connect(track) if world.first else None, start.resolved.recipe
         dataset = world.after_first_here(
             lambda: cache.load(
                 settings.get("data", chosen.data), chosen.image_size, holdout=chosen.holdout, stream=chosen.stream
             )
         )
-        if run is None and (fewer := fewer_at_once(asked, len(dataset.splits["train"]), world)) is not asked:
-            start = settle(fewer, device, world)
-            chosen = start.resolved.recipe
+        if run is None:
+            start = fewer_at_once(start, len(dataset.splits["train"]), world)
+        start = settle(start, device, world)
+        chosen = start.resolved.recipe
+        check_shares(chosen, world)
         if world.first:
             say_warmup(chosen, len(dataset.splits["train"]))
         model = learner(start, len(dataset.classes), device, world)
@@ -145,15 +147,15 @@ def create(wanted: Path, resolved: Resolved, world: World) -> Run:
 
 
 def fewer_at_once(start: Start, images: int, world: World) -> Start:
-    """The recipe with batches of no more images than there are, lest each comes several times in every batch: that
-    takes the time and memory of many, and teaches what few do. A batch that was asked for stays as it is."""
+    """The recipe with batches of no more images than there are, lest each comes more often in every batch than it is
+    to: that takes the time and memory of many, and teaches what few do. A batch that was asked for stays as it is."""
     resolved, recipe = start.resolved, start.resolved.recipe
-    least = world.size * recipe.accumulate * recipe.least_images
-    most = images // least * least
-    if recipe.batch_size <= images or not most or resolved.set_by["batch_size"] == "command line":
+    unit = math.lcm(world.size * recipe.accumulate * recipe.least_images, recipe.repeats)
+    most = images * recipe.repeats // unit * unit
+    if recipe.batch_size <= images * recipe.repeats or not most or resolved.set_by["batch_size"] == "command line":
         return start
     if world.first:
-        say(f"the {images:,} images are fewer than a batch of {recipe.batch_size}: {most} are taken at a time")
+        say(f"{counted(images, 'image')} are fewer than a batch of {recipe.batch_size}: {most} are taken at a time")
     set_by = resolved.set_by | {"batch_size": "images"}
     return replace(start, resolved=replace(resolved, recipe=replace(recipe, batch_size=most), set_by=set_by))
 

@@ -133,7 +133,10 @@ def _images(model: Imported) -> str:
         f"taken, and pixels are normalised {colours}."
     )
     if model.shorter_side is not None:
-        text += " So were those that it learnt from, and so are those that `vitrail predict` and `evaluate` are given."
+        text += " `vitrail predict` and `evaluate` do the same."
     elif side > size:
-        text += f" `vitrail predict` enlarges smaller images to {size} only, and takes those in between as they are."
+        text += (
+            f" In the run that it was exported from, `vitrail predict` enlarges smaller images to {size} only, and "
+            "takes those in between as they are."
+        )
     return text

@@ -20,9 +20,9 @@ from vitrail.vit.config import ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.weights.card import Record, model_card
 from vitrail.weights.checkpoint import Run
-from vitrail.weights.files import make_folder, read_json
-from vitrail.weights.formats import COMPARED, HEAD, TOLERANCE, Imported, difference, random_images
-from vitrail.weights.load import build, read
+from vitrail.weights.files import check_place, make_folder, read_json
+from vitrail.weights.formats import COMPARED, TOLERANCE, Imported, difference, random_images
+from vitrail.weights.load import build, read, with_head
 from vitrail.weights.timm_format import unsaid_by_timm, write_timm
 from vitrail.weights.transformers_format import unsaid_by_transformers, write_transformers
 
@@ -65,13 +65,14 @@ def import_run(
         BadInput: as `vitrail.load`; nothing is written.
         OSError: the folder cannot be written; nothing of it stays.
     """
+    check_place(output.parent)
     imported = read(source)
     model = build(imported, source, image_size=image_size, num_classes=num_classes)
     classes = imported.classes if num_classes is None else tuple(map(str, range(num_classes)))
     with within(output.parent):
         run = Run.create(output)
         try:
-            side = imported.shorter_side if model.config.image_size == imported.config.image_size else None
+            side = imported.shorter_side_at(model.config.image_size)
             run.save_model(model, classes, imported.mean, imported.std, side)
             run.note_launch({"imported": str(source), **describe(torch.device("cpu"))})
         except BaseException:
@@ -93,9 +94,8 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
         BadInput: the source will not do, the library has no such model, or `output` exists; nothing is written.
         OSError: the folder cannot be written; nothing of it stays.
     """
-    imported = read(source)
-    if HEAD[0] not in imported.tensors:
-        raise BadInput(f"{source} has no head, and so no classes; vitrail import --num-classes N puts one on.")
+    check_place(output.parent)
+    imported = with_head(read(source), source)
     recipe = Run(source).known_recipe()
     if recipe is not None and recipe.self_supervised:
         raise BadInput(f"{source} was pre-trained, and has learnt no classes to export; train it first, with --from.")
@@ -131,7 +131,8 @@ def check_options(config: ViTConfig, library: Library) -> None:
         return
     (other,) = (each for each in UNSAID if each != library)
     others = UNSAID[other](config)
-    mends = [] if others else [f"--to {other} has it"]
+    # Of hybrids, only the weights tell (timm_hybrid.py).
+    mends = [] if others else [f"--to {other} {'has' if config.resnet_blocks is None else 'may have'} it"]
     drawn = {name: getattr(Recipe, name, None) for name in lacking}
     if drawn.keys() <= vars(Recipe()).keys():
         mends.append(f"a model that was trained with {_listed(drawn)} can go to {library}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,19 @@ def make_folder(path: Path) -> None:
         BadInput: one of these is a file.
         OSError: it cannot be made.
     """
+    check_place(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """See to it that there is, or can be, a folder there.
+
+    Raises:
+        BadInput: it, or one that it is to lie in, is a file.
+    """
     for each in (path, *path.parents):
         if each.exists() and not each.is_dir():
             raise BadInput(f"{each} is a file, and nothing can lie in it; name another folder with --output.")
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
@@ -106,20 +116,24 @@ def check_plain(path: Path) -> None:
 
 def instead(path: Path) -> str:
     """What a file may be that is not read as weights, by how it begins, and what to do; behind the reason."""
-    with path.open("rb") as file:
-        begin = file.read(HINTING)
+    try:
+        with path.open("rb") as file:
+            begin = file.read(HINTING)
+    except OSError:
+        return ""
     if not begin:
-        return "It is empty: fetch or save it again."
+        return " It is empty: fetch or save it again."
     if begin.startswith(b"version https://git-lfs"):
-        return "It is a pointer of Git LFS to the file: `git lfs pull` fetches that."
-    if begin.startswith(b"\x80") or b"/data.pkl" in begin:
-        return (
-            "It is a pickle, which may run any program when it is opened; Vitrail never does. If you trust it, save "
-            "what is in it as safetensors."
-        )
-    if begin.lstrip().startswith(b"<"):
-        return "It is a web page: fetch the file itself."
-    return "If it was fetched, it may have been cut off: fetch it again."
+        return " It is a pointer of Git LFS to the file: `git lfs pull` fetches that."
+    if begin[8:9] != b"{":  # as safetensors have it, behind a length of any bytes
+        if re.match(rb"\x80[\x02-\x05]", begin) or b"/data.pkl" in begin:
+            return (
+                " It is a pickle, which may run any program when it is opened; Vitrail never does. If you trust it, "
+                "save what is in it as safetensors."
+            )
+        if re.match(rb"\s*<[!?a-zA-Z]", begin):
+            return " It is a web page: fetch the file itself."
+    return " It may have been cut off: if it was fetched or copied, do that again."
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -153,7 +167,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:  # NumPy has no bfloat16
-        raise BadInput(f"{path} cannot be read as safetensors: {error}. {instead(path)}") from None
+        hint = instead(path) if isinstance(error, SafetensorError) else ""
+        raise BadInput(f"{path} cannot be read as safetensors: {error}.{hint}") from None
 
 
 def read_about(path: Path) -> dict[str, Any]:

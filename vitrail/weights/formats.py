@@ -50,6 +50,10 @@ class Imported:
     std: Colours = HALF
     shorter_side: int | None = None
 
+    def shorter_side_at(self, image_size: int) -> int | None:
+        """`shorter_side` for a model of these weights that sees images of that size: not known for another."""
+        return self.shorter_side if image_size == self.config.image_size else None
+
     @property
     def resized_to(self) -> int:
         """What an image's shorter side is resized to, in pixels."""
@@ -99,7 +103,8 @@ def read_weights(folder: Path, mend: str) -> dict[str, Tensor]:
             names = file.keys()  # of something that is no dict
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{path} cannot be read as safetensors: {error}. {instead(path)}") from None
+        hint = instead(path) if isinstance(error, SafetensorError) else ""
+        raise BadInput(f"{path} cannot be read as safetensors: {error}.{hint}") from None
     for name, tensor in found.items():
         if tensor.dtype not in FLOATS:
             raise BadInput(f"{path} has {name} of {tensor.dtype}, and not of floats of 16 bits or more.")

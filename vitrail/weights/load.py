@@ -28,7 +28,7 @@ UNDERSTOOD = (
     "have a config.json and a model.safetensors"
 )
 
-__all__ = ["Imported", "build", "digest", "is_run", "load", "read"]
+__all__ = ["Imported", "build", "digest", "is_run", "load", "read", "with_head"]
 
 
 def load(source: Path | str, *, image_size: int | None = None, num_classes: int | None = None) -> Model:
@@ -79,6 +79,20 @@ def _read(source: Path) -> Imported:
             f"{source} is no run folder, and nothing else that is understood: {found}. Vitrail reads {UNDERSTOOD}."
         )
     return _read_run(Run.open(source))
+
+
+def with_head(imported: Imported, source: Path) -> Imported:
+    """The same, if it can tell classes apart.
+
+    Raises:
+        BadInput: it comes without a head.
+    """
+    if HEAD[0] in imported.tensors:
+        return imported
+    raise BadInput(
+        f"{source} has no head, and so no classes. Train it on images of yours: vitrail train --from {source} --data "
+        f"D; or measure what it sees: vitrail probe {source} --data D."
+    )
 
 
 def _instead(source: Path) -> str:

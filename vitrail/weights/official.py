@@ -137,7 +137,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         raise
     except Exception as error:  # zipfile, its decompressors and NumPy's parser have dozens for what is damaged
         why = str(error) or type(error)
-        raise BadInput(f"{path} cannot be read as a NumPy archive of plain arrays: {why}. {instead(path)}") from None
+        raise BadInput(f"{path} cannot be read as a NumPy archive of plain arrays: {why}.{instead(path)}") from None
 
 
 def _headers(path: Path) -> tuple[dict[str, Header], Spelling]:
