@@ -176,6 +176,8 @@ def test_files_and_flags_in_any_order() -> None:
         (["train", "--epoch=3"], "no flag --epoch; did you mean '--epochs'?"),
         (["train", "--no-compil"], "no flag --no-compil; did you mean '--no-compile'?"),
         (["train", "--num-classes", "3"], "no flag --num-classes: the images say how many classes there are"),
+        (["train", "--output", ""], ". is no name for a new folder; name one with --output"),
+        (["import", str(Path(__file__).parent / "golden" / "token.npz"), "--output", ".."], ".. is no name for a new"),
         (["train", "--output", __file__ + "/run"], "test_cli.py is a file, and nothing can lie in it"),
         (["train", "--optimizer", "adamm"], "'adamm' is not one of adamw, adam, sgd, muon; did you mean"),
         (["train", "--precision", "x"], "'x' is not one of auto, fp32, bf16. "),

@@ -402,12 +402,20 @@ def test_what_is_damaged_is_named(
 def test_images_of_exported_runs_are_as_large_as_those_that_were_measured(trained: Path, tmp_path: Path) -> None:
     saved(tmp_path / "photos")
     for source, side in ((trained, 16), (tmp_path / "photos", 18)):
-        export_model(source, "transformers", tmp_path / source.name / "vit")
+        done = export_model(source, "transformers", tmp_path / source.name / "vit")
+        assert done.resized_to == (18 if side == 18 else None)
         said = json.loads((tmp_path / source.name / "vit" / "preprocessor_config.json").read_text("utf-8"))
         assert said["size"] == {"shortest_edge": side}
         card = (tmp_path / source.name / "vit" / "README.md").read_text("utf-8")
         assert ("`vitrail predict` and `evaluate` do the same" in card) == (side == 16)
         assert ("enlarges smaller images to 16 only" in card) == (side == 18)
+
+
+def test_export_says_where_images_are_made_ready_otherwise(trained: Path, tmp_path: Path) -> None:
+    assert "images: there, all" not in typed("export", trained, "--to", "timm", "--output", tmp_path / "known")
+    saved(tmp_path / "photos")
+    text = typed("export", tmp_path / "photos", "--to", "timm", "--output", tmp_path / "not")
+    assert "images: there, all are resized to 18 pixels; vitrail predict" in text
 
 
 def test_how_large_images_were_is_kept_by_an_import_but_for_another_size(trained: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vitrail.input.batches import TrainingBatches, first_step
 from vitrail.input.pixels import pixels_of
 from vitrail.pages.runs import load as load_runs
 from vitrail.recipes import FINE_TUNE, RECIPES, resolve
-from vitrail.settings import Recipe
+from vitrail.settings import OF_WEIGHTS, Recipe
 from vitrail.training.optimize import warmup_steps
 from vitrail.training.resume import same as is_of
 from vitrail.training.session import Result
@@ -215,6 +215,13 @@ def test_settings_that_disagree_with_the_weights_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_help_says_that_weights_decide_they_do(foreign: Path) -> None:
+    set_by = begin(resolve(FINE_TUNE, data="digits"), foreign).resolved.set_by
+    decided = {name for name, who in set_by.items() if who == "weights"}
+    others = {"image_size", "architecture", "representation_size", "initial_weights", "zero_residual"}
+    assert decided - others == set(OF_WEIGHTS)
+
+
 def test_what_agrees_may_be_said(trained: Path) -> None:
     _, start = begun(trained, hidden_size=32)
     assert start.resolved.set_by["hidden_size"] == "command line"
@@ -241,6 +248,7 @@ def test_help_is_of_the_recipe_that_weights_ask_for(capsys: pytest.CaptureFixtur
     assert main(["train", "--from", "runs/x", "-h"]) == 0
     said = capsys.readouterr().out
     assert f"in brackets: what {FINE_TUNE} has" in said
+    assert " ".join(said.split()).count("(as the weights have it)") == len(OF_WEIGHTS)
     assert "(12/7 of what the weights were trained with, 384 at most)" in " ".join(said.split())
 
 
@@ -248,8 +256,9 @@ def test_help_is_of_the_recipe_that_weights_ask_for(capsys: pytest.CaptureFixtur
     ("images", "processes", "settings", "batch"),
     [
         (24, 1, {}, 24),
-        (31, 1, {"repeats": 2}, 62),  # each twice, as asked
-        (300, 1, {"repeats": 2}, 512),  # 256 different ones
+        (31, 1, {"repeats": 2}, 30),  # 15 different ones, each twice
+        (300, 1, {"repeats": 2}, 300),
+        (600, 1, {"repeats": 2}, 512),
         (31, 1, {"accumulate": 4}, 28),
         (31, 2, {"accumulate": 2, "mixup": 0.8}, 24),  # in each of 4 parts, pairs
         (31, 3, {}, 30),

@@ -61,7 +61,8 @@ def small(objective: Objective, **settings: Any) -> Recipe:
 def trainee(recipe: Recipe) -> Any:
     """Of random weights, the last layer's included."""
     model = to_train(build_model(recipe, 10), recipe)
-    torch.nn.init.normal_(model.get_parameter("prediction.weight"), std=0.1)
+    last = "decoder_prediction" if recipe.objective == "pixels" else "prediction"
+    torch.nn.init.normal_(model.get_parameter(f"{last}.weight"), std=0.1)
     return model
 
 

@@ -63,7 +63,10 @@ def test_parts_add_up_to_the_gradient_of_the_whole(accumulate: int, mixup: float
     outcome = gradient(model, batches, 1)
     again, divided = setting(replace(recipe, accumulate=accumulate))
     torch.testing.assert_close(gradient(again, divided, 1), outcome)
-    torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-4)
+    found, whole = gradients(again), gradients(model)
+    assert found.keys() == whole.keys()
+    for name, weight in whole.items():  # what sums are rounded by hangs on the largest of them: one of -0.02 is of 6
+        assert (found[name] - weight).abs().max() <= 3e-6 * weight.abs().max(), name
 
 
 def some_logits() -> tuple[Tensor, Targets]:

@@ -33,6 +33,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 # The Vision Transformer's sizes, which a ResNet does not read, and what that cannot have beside them.
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "classifier")
+# What weights decide where a run begins with some, beside what it sets back to the defaults (transfer.py).
+OF_WEIGHTS = (*SIZES, "gelu", "positions", "stem", "registers", "qk_norm", "layer_scale")
 TRANSFORMER_ONLY = (
     "representation_size", "dropout", "gelu", "positions", "stem", "registers", "qk_norm", "layer_scale",
     "initial_weights", "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",

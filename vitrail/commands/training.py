@@ -25,7 +25,7 @@ from vitrail.commands.arguments import (
 from vitrail.commands.tables import as_json, table
 from vitrail.errors import BadInput, Partial
 from vitrail.recipes import DEFAULT, FINE_TUNE, PRETRAINING, RECIPES, Resolved, default_recipe, resolve
-from vitrail.settings import Recipe, Tracking
+from vitrail.settings import OF_WEIGHTS, Recipe, Tracking
 
 if TYPE_CHECKING:
     from vitrail.data.cache import Dataset
@@ -84,6 +84,8 @@ def take_run(
         usual = shown(getattr(recipe, name))
         if named == FINE_TUNE and name == "image_size":
             usual = f"12/7 of what the weights were trained with, {usual} at most"
+        if named == FINE_TUNE and name in OF_WEIGHTS:
+            usual = "as the weights have it"
         action.help = f"{action.help} ({usual})"
 
 

@@ -62,6 +62,10 @@ def do_export(args: argparse.Namespace) -> str:
         "transformers": f"transformers.ViTForImageClassification.from_pretrained({folder})",
         "timm": f"timm.create_model({'local-dir:' + str(done.path)!r}, pretrained=True).eval()",
     }
+    resized = []
+    if done.resized_to is not None:
+        taken = f"vitrail predict {args.run} takes smaller ones nearly as they are"
+        resized = [f"images: there, all are resized to {done.resized_to} pixels; {taken} (README.md there)"]
     return "\n".join(
         [
             f"{done.path}: {', '.join(files)}",
@@ -71,6 +75,7 @@ def do_export(args: argparse.Namespace) -> str:
             if done.theirs is None
             else f"        those of {args.to} itself, by at most {done.theirs:.2g}",
             "        each as a share of the largest output, where that is above 1",
+            *resized,
             "",
             f"in Python  {loaded[args.to]}",
         ]

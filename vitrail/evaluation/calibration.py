@@ -23,7 +23,8 @@ class Bin:
 def calibration(confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> list[Bin]:
     """Predictions by confidence, in `CALIBRATION_BINS` equal intervals, open below and closed above; empty ones left
     out (Guo et al., section 2)."""
-    which = np.ceil(confidence.astype(np.float64) * CALIBRATION_BINS).astype(int) - 1
+    # Of a model that has diverged, they are no numbers.
+    which = np.ceil(np.nan_to_num(confidence.astype(np.float64)) * CALIBRATION_BINS).astype(int) - 1
     which = np.clip(which, 0, CALIBRATION_BINS - 1)
     inside = {index: which == index for index in np.unique(which).tolist()}
     return [

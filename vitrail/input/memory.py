@@ -51,7 +51,7 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
 
     A number has 4 bytes; with bf16 it has 2, but for the image and the 2 T D that norms read. Patch dropout leaves
     fewer tokens. A convolutional stem keeps what each of its convolutions gives, before and behind norm and ReLU, and
-    with bf16 once more for the next. The ResNet of a hybrid is not counted.
+    what its projection reads. The ResNet of a hybrid is not counted.
     """
     width, hidden, small = config.hidden_size, config.mlp_dim, 2 if recipe.precision == "bf16" else 4
     tokens = config.num_prefix_tokens + config.kept_patches(config.grid**2)
@@ -68,7 +68,7 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
         kept = layers * block
     if config.stem == "convolutions":
         maps = sum(width * (config.image_size >> level) ** 2 for level, width in enumerate(config.stem_widths, start=1))
-        kept += (8 + 2 * (small == 2)) * maps
+        kept += small * (2 * maps + config.grid**2 * width)
     return kept + small * 2 * max(tokens * hidden, attention) + COPIES * 4 * 3 * config.image_size**2
 
 

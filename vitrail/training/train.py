@@ -93,7 +93,7 @@ def train(
         if run is None and (lost := begun_by_job(wanted, start.resolved, world)) is not None:
             run, resolved = take_up(None, lost, settings)
             start = go_on(run, resolved)
-        check_place(wanted.parent)
+        check_place(wanted)
         tracker, chosen = connect(track) if world.first else None, start.resolved.recipe
         dataset = world.after_first_here(
             lambda: cache.load(
@@ -147,12 +147,13 @@ def create(wanted: Path, resolved: Resolved, world: World) -> Run:
 
 
 def fewer_at_once(start: Start, images: int, world: World) -> Start:
-    """The recipe with batches of no more images than there are, lest each comes more often in every batch than it is
-    to: that takes the time and memory of many, and teaches what few do. A batch that was asked for stays as it is."""
+    """The recipe with batches of no more images than there are, so that each epoch has a step at least: more would come
+    again in the same batch, which takes the time and memory of many, and teaches what few do. A batch that was asked
+    for stays as it is."""
     resolved, recipe = start.resolved, start.resolved.recipe
     unit = math.lcm(world.size * recipe.accumulate * recipe.least_images, recipe.repeats)
-    most = images * recipe.repeats // unit * unit
-    if recipe.batch_size <= images * recipe.repeats or not most or resolved.set_by["batch_size"] == "command line":
+    most = images // unit * unit
+    if recipe.batch_size <= images or not most or resolved.set_by["batch_size"] == "command line":
         return start
     if world.first:
         say(f"{counted(images, 'image')} are fewer than a batch of {recipe.batch_size}: {most} are taken at a time")

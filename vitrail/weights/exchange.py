@@ -47,6 +47,7 @@ class Exported:
     difference: float
     theirs: float | None
     images: int
+    resized_to: int | None  # the shorter side of all images, where Vitrail leaves some as they are
 
 
 def import_run(
@@ -65,7 +66,7 @@ def import_run(
         BadInput: as `vitrail.load`; nothing is written.
         OSError: the folder cannot be written; nothing of it stays.
     """
-    check_place(output.parent)
+    check_place(output)
     imported = read(source)
     model = build(imported, source, image_size=image_size, num_classes=num_classes)
     classes = imported.classes if num_classes is None else tuple(map(str, range(num_classes)))
@@ -94,7 +95,7 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
         BadInput: the source will not do, the library has no such model, or `output` exists; nothing is written.
         OSError: the folder cannot be written; nothing of it stays.
     """
-    check_place(output.parent)
+    check_place(output)
     imported = with_head(read(source), source)
     recipe = Run(source).known_recipe()
     if recipe is not None and recipe.self_supervised:
@@ -118,7 +119,8 @@ def export_model(source: Path, library: Library, output: Path) -> Exported:
             partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return Exported(output, back, theirs, COMPARED)
+    smaller = imported.shorter_side is None and imported.resized_to > imported.config.image_size
+    return Exported(output, back, theirs, COMPARED, imported.resized_to if smaller else None)
 
 
 def check_options(config: ViTConfig, library: Library) -> None:

@@ -29,17 +29,21 @@ def make_folder(path: Path) -> None:
         BadInput: one of these is a file.
         OSError: it cannot be made.
     """
-    check_place(path)
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise BadInput(f"{each} is a file, and nothing can lie in it; name another folder with --output.")
     path.mkdir(parents=True, exist_ok=True)
 
 
 def check_place(path: Path) -> None:
-    """See to it that there is, or can be, a folder there.
+    """See to it that a new folder can lie there, before there is anything to write into it.
 
     Raises:
-        BadInput: it, or one that it is to lie in, is a file.
+        BadInput: the path has no last name, or would lie in a file.
     """
-    for each in (path, *path.parents):
+    if path.name in ("", ".."):
+        raise BadInput(f"{path} is no name for a new folder; name one with --output, such as runs/NAME.")
+    for each in path.parents:
         if each.exists() and not each.is_dir():
             raise BadInput(f"{each} is a file, and nothing can lie in it; name another folder with --output.")
 
