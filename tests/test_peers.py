@@ -288,10 +288,10 @@ def test_heads_of_timm_go_by_the_architecture(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("deit3_small_patch16_224", {}, "LayerScale, which Vitrail does not read: .*ls1.gamma"),
+        ("deit3_small_patch16_224", {}, "architecture 'deit3_small_patch16_224'. Vitrail reads those"),
         ("vit_tiny_patch16_224", {"reg_tokens": 2}, "register tokens"),
         ("vit_tiny_patch16_224", {"qk_norm": True}, "attention of another kind"),
-        ("vit_tiny_patch16_224", {"init_values": 1e-3}, "LayerScale"),
+        ("vit_tiny_patch16_224", {"init_values": 1e-3}, "LayerScale, which Vitrail does not read: .*ls1.gamma"),
         ("vit_tiny_patch16_224", {"pre_norm": True}, "a norm before the first block"),
         ("vit_tiny_patch16_224", {"global_pool": "map"}, "pooling by attention"),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool = 'avg' and a class token, its norm behind"),
@@ -306,8 +306,8 @@ def test_heads_of_timm_go_by_the_architecture(name: str, tmp_path: Path) -> None
         ("vit_tiny_patch16_224", {"in_chans": 1}, r"patch_embed.proj.weight has shape \(24, 1, 4, 4\)"),
         ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False}, "architecture 'vit_base_patch16_clip"),
         ("flexivit_small", {}, "flexivit_small"),
-        ("deit_tiny_distilled_patch16_224", {}, "a distillation token"),
-        ("vit_small_resnet26d_224", {"img_size": 64, "patch_size": 1}, "num_batches_tracked of torch.int64"),
+        ("deit_tiny_distilled_patch16_224", {}, "architecture 'deit_tiny_distilled_patch16_224'"),
+        ("vit_small_resnet26d_224", {"img_size": 64, "patch_size": 1}, "architecture 'vit_small_resnet26d_224'"),
         ("vit_small_r26_s32_224", {"img_size": 64, "patch_size": 1, "in_chans": 1}, r"stem.conv.weight has shape"),
     ],
 )
