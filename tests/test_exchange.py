@@ -38,7 +38,7 @@ from vitrail.settings import Recipe
 from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.variants import VARIANTS
-from vitrail.weights import exchange, formats, timm_hybrid
+from vitrail.weights import exchange, timm_hybrid
 from vitrail.weights.card import model_card
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.exchange import Library, export_model, import_run
@@ -568,9 +568,9 @@ def test_parity_with_another_library_sees_what_its_head_of_zeros_would_hide() ->
 
 def test_differences_are_shares_of_outputs_above_1() -> None:
     large, small = torch.tensor([-1000.0, 2.0]), torch.tensor([0.5, 0.25])
-    assert formats.difference(large, large + 0.05) == pytest.approx(5e-5, rel=1e-3)
-    assert formats.difference(small, small + 0.05) == pytest.approx(0.05)
-    assert math.isnan(exchange.largest([0.1, formats.difference(small, small * math.nan), 0.2]))
+    assert exchange.difference(large, large + 0.05) == pytest.approx(5e-5, rel=1e-3)
+    assert exchange.difference(small, small + 0.05) == pytest.approx(0.05)
+    assert math.isnan(exchange.largest([0.1, exchange.difference(small, small * math.nan), 0.2]))
 
 
 def test_a_run_that_was_not_finished_has_no_figures(trained: Path, tmp_path: Path) -> None:

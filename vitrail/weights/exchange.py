@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,7 +22,7 @@ from vitrail.vit.model import VisionTransformer
 from vitrail.weights.card import Record, model_card
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.files import check_place, make_folder, read_json
-from vitrail.weights.formats import COMPARED, TOLERANCE, Imported, difference, random_images
+from vitrail.weights.formats import COMPARED, TOLERANCE, Imported, random_images
 from vitrail.weights.load import build, read, with_head
 from vitrail.weights.timm_format import unsaid_by_timm, write_timm
 from vitrail.weights.transformers_format import unsaid_by_transformers, write_transformers
@@ -163,6 +164,12 @@ def within(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 each.rmdir()
         raise
+
+
+def difference(ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"]) -> float:
+    """The largest between two outputs, as a share of the largest number of ours where that is above 1: float32 has
+    seven digits, however large a number is. NaN where either has one."""
+    return float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
 
 
 def compare_theirs(model: VisionTransformer, library: Library, folder: Path) -> float | None:

@@ -29,9 +29,7 @@ def make_folder(path: Path) -> None:
         BadInput: one of these is a file.
         OSError: it cannot be made.
     """
-    for each in (path, *path.parents):
-        if each.exists() and not each.is_dir():
-            raise BadInput(f"{each} is a file, and nothing can lie in it; name another folder with --output.")
+    _check_folders(path)
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -43,7 +41,11 @@ def check_place(path: Path) -> None:
     """
     if path.name in ("", ".."):
         raise BadInput(f"{path} is no name for a new folder; name one with --output, such as runs/NAME.")
-    for each in path.parents:
+    _check_folders(path.parent)
+
+
+def _check_folders(path: Path) -> None:
+    for each in (path, *path.parents):
         if each.exists() and not each.is_dir():
             raise BadInput(f"{each} is a file, and nothing can lie in it; name another folder with --output.")
 
@@ -118,6 +120,12 @@ def check_plain(path: Path) -> None:
             raise BadInput(f"{path} is {'no regular file' if path.exists() else 'missing'}.")
 
 
+def no_safetensors(path: Path, error: Exception) -> BadInput:
+    """What is said of a file that cannot be read as safetensors, for that reason."""
+    hint = instead(path) if isinstance(error, SafetensorError) else ""
+    return BadInput(f"{path} cannot be read as safetensors: {error}.{hint}")
+
+
 def instead(path: Path) -> str:
     """What a file may be that is not read as weights, by how it begins, and what to do; behind the reason."""
     try:
@@ -171,8 +179,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:  # NumPy has no bfloat16
-        hint = instead(path) if isinstance(error, SafetensorError) else ""
-        raise BadInput(f"{path} cannot be read as safetensors: {error}.{hint}") from None
+        raise no_safetensors(path, error) from None
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vitrail.data.images import MARGIN
 from vitrail.errors import BadInput, first_of
 from vitrail.vit.config import ADDITIONS, HALF, Colours, ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
-from vitrail.weights.files import check_plain, check_shapes, instead
+from vitrail.weights.files import check_plain, check_shapes, no_safetensors
 from vitrail.weights.official import grid_of
 
 # The names that another library has for one of Vitrail's weights: several, if it keeps the rows of it apart.
@@ -66,12 +66,6 @@ def random_images(config: ViTConfig) -> Float[Tensor, "B 3 S S"]:
     return torch.rand(COMPARED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def difference(ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"]) -> float:
-    """The largest between two outputs, as a share of the largest number of ours where that is above 1: float32 has
-    seven digits, however large a number is. NaN where either has one."""
-    return float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
-
-
 def section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     """What a JSON file says by name under a key; nothing where it has no such key.
 
@@ -103,8 +97,7 @@ def read_weights(folder: Path, mend: str) -> dict[str, Tensor]:
             names = file.keys()  # of something that is no dict
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        hint = instead(path) if isinstance(error, SafetensorError) else ""
-        raise BadInput(f"{path} cannot be read as safetensors: {error}.{hint}") from None
+        raise no_safetensors(path, error) from None
     for name, tensor in found.items():
         if tensor.dtype not in FLOATS:
             raise BadInput(f"{path} has {name} of {tensor.dtype}, and not of floats of 16 bits or more.")
