@@ -29,7 +29,8 @@ KINDS = {  # by what the head reads, and the tokens that there are beside the pa
 ADDED = {  # by what is in their blocks, or before them
     "rotary": replace(SMALL, positions="rotary", registers=1), "sincos": replace(SMALL, positions="sincos"),
     "LayerScale": replace(SMALL, layer_scale=0.1), "qk-norm": replace(SMALL, qk_norm=True),
-    "convolutions": replace(SMALL, stem="convolutions"), "hybrid": replace(SMALL, resnet_blocks=(1,), patch_size=1),
+    "convolutions": replace(SMALL, stem="convolutions", stem_units=1),
+    "hybrid": replace(SMALL, resnet_blocks=(1,), patch_size=1),
     "all": replace(SMALL, positions="rotary", layer_scale=0.1, qk_norm=True, stem="convolutions", classifier="gap"),
 }  # fmt: skip
 CLASSES = ("cat", "dög", "a, \"b\"")  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
 from vitrail.errors import BadInput
-from vitrail.vit.additions import ConvolutionalStem, ResidualScale, drop_patches, zero_residuals
+from vitrail.vit.additions import ConvolutionalStem, ResidualScale, ResidualUnit, drop_patches, zero_residuals
 from vitrail.vit.config import ADDITIONS, ViTConfig
 from vitrail.vit.floor import forward_flops, training_flops
 from vitrail.vit.model import Attention, VisionTransformer
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
 EACH: list[dict[str, Any]] = [
     {"positions": "sincos"}, {"positions": "rotary"}, {"stem": "convolutions"}, {"registers": 3}, {"qk_norm": True},
-    {"layer_scale": 0.3}, {"stochastic_depth": 0.4}, {"patch_dropout": 0.4},
+    {"layer_scale": 0.3}, {"stochastic_depth": 0.4}, {"patch_dropout": 0.4}, {"stem": "convolutions", "stem_units": 2},
 ]  # fmt: skip
 ALL: dict[str, Any] = {name: value for addition in EACH[1:] for name, value in addition.items()}
 CASES = [pytest.param(each, id="-".join(map(str, each)) + str(each.get("positions", ""))) for each in EACH]
@@ -169,7 +170,7 @@ def test_each_setting_of_a_recipe_reaches_the_model(tmp_path: Path) -> None:
     outs = {name for name in weights if ".out." in name}
     assert len(outs) == 8
     norms = {name for name in weights if name.endswith("norm.bias")} | {
-        f"patch_embedding.layers.{n}.bias" for n in (1, 4)
+        f"patch_embedding.layers.{n}.bias" for n in ("1", "3.layers.1", "4.layers.1", "6")
     }
     assert zero == outs | norms  # and nothing else: the head is not, nor are the biases of queries, keys and values
 
@@ -191,6 +192,8 @@ def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: Li
     [
         ({"positions": "fixed"}, "positions is 'fixed'; it must be one of learnt, sincos, rotary"),
         ({"stem": "conv"}, "stem is 'conv'; it must be one of patch, convolutions"),
+        ({"stem": "convolutions", "stem_units": -1}, "stem_units is -1; it must be a whole number from 0"),
+        ({"stem": "convolutions", "stem_units": "2"}, "stem_units is '2'; it must be a whole number from 0"),
         ({"registers": -1}, "registers is -1; it must be a whole number from 0"),
         ({"registers": 1.5}, "registers is 1.5; it must be a whole number from 0"),
         ({"qk_norm": "yes"}, "qk_norm is 'yes'; it must be true or false"),
@@ -202,6 +205,7 @@ def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: Li
         ({"stem": "convolutions", "patch_size": 6, "image_size": 18}, "6 is no power of 2"),
         ({"stem": "convolutions", "patch_size": 1}, "1 is no power of 2"),
         ({"stem": "convolutions", "patch_size": 16, "hidden_size": 36}, "take a multiple of 8 for hidden_size"),
+        ({"stem": "convolutions", "stem_units": 1, "patch_size": 2}, "one for patches of 2: take 0, or larger patches"),
         ({"stem": "convolutions", "resnet_blocks": ()}, "leave out stem = 'convolutions'"),
     ],
 )
@@ -312,6 +316,31 @@ def test_stem_makes_a_token_of_each_patch_without_looking_at_other_images() -> N
     marked[..., 5:12, 21:28] += 10
     changed = (stem(marked) - tokens).abs().sum(-1)[0]
     assert changed.argmax() == 7
+
+
+def test_units_of_a_stem_add_to_its_last_map_but_one() -> None:
+    """As torch's own convolution, norm and ReLU have it; without weights they change nothing."""
+    config = replace(SMALL, patch_size=8, image_size=32, stem="convolutions")
+    torch.manual_seed(0)
+    plain, deep = ConvolutionalStem(config), ConvolutionalStem(replace(config, stem_units=2))
+    of_plain, units = iter(plain.layers), [layer for layer in deep.layers if isinstance(layer, ResidualUnit)]
+    assert [deep.layers[n] for n in (6, 7)] == units
+    for layer in (layer for layer in deep.layers if layer not in units):
+        layer.load_state_dict(next(of_plain).state_dict())
+    deep.projection.load_state_dict(plain.projection.state_dict())
+    batch = images(3, 32)
+    kernels = [unit.get_parameter("layers.0.weight") for unit in units]
+    assert {kernel.shape for kernel in kernels} == {(16, 16, 3, 3)}
+    found, x = deep(batch), plain.layers[:6](batch)
+    assert x.shape == (3, 16, 8, 8)  # half a patch's cells
+    for kernel in kernels:
+        x = x + F.relu(F.group_norm(F.conv2d(x, kernel, padding=1), 16, eps=1e-6))
+    expected = plain.projection(plain.layers[6:](x).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(found, expected)
+    assert (found - plain(batch)).abs().max() > 0.1
+    for kernel in kernels:
+        nn.init.zeros_(kernel)
+    torch.testing.assert_close(deep(batch), plain(batch))
 
 
 def test_registers_take_part_and_are_not_read() -> None:

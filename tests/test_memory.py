@@ -60,8 +60,9 @@ def kept(config: ViTConfig, *, images: int = 4, checkpointed: bool = False, bf16
         replace(GAP, layer_scale=0.1, qk_norm=True),
         replace(GAP, num_layers=12, num_heads=8),
         replace(GAP, num_layers=1, stem="convolutions"),
+        replace(GAP, num_layers=1, stem="convolutions", stem_units=4),
     ],
-    ids=["gap", "token", "long", "dropout", "additions", "deep", "stem"],
+    ids=["gap", "token", "long", "dropout", "additions", "deep", "stem", "units"],
 )
 def test_what_is_counted_is_what_autograd_keeps(config: ViTConfig) -> None:
     plain = recipe()

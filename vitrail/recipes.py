@@ -69,11 +69,12 @@ RECIPES: dict[str, Recipe] = {
     "vit-12": Recipe(
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
-    # vitrail train laptop: 54 minutes of two cores of a Zen 4 EPYC, top-1 0.538 (results/laptop-seed-0). No other
+    # vitrail train laptop: not measured yet; with 6 layers, no units in its stem and 21 epochs 54 minutes of two cores
+    # of a Zen 4 EPYC, top-1 0.538 (results/laptop-stem-seed-0). No other
     # library's format says its stem of convolutions; stem=patch, epochs=16 and no stochastic depth came to 0.489 in 52
     # minutes of two cores of a Xeon without bf16 (results/laptop-128-wide-seed-0). coffee, a plain ViT: 9 minutes of
     # the EPYC, 0.397 (results/coffee-bf16-seed-0); 12.7 of the Xeon, 0.399 (results/coffee-tanh-seed-0).
-    "laptop": Recipe(**_HOUR, epochs=21, stem="convolutions", stochastic_depth=0.1),
+    "laptop": Recipe(**_HOUR | {"num_layers": 5}, epochs=19, stem="convolutions", stem_units=4, stochastic_depth=0.1),
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384, "num_heads": 2}, epochs=6),
     # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer:
     # 0.175 (results/coffee-cnn-seed-0).

@@ -20,7 +20,7 @@ def setting(default: Any, help: str) -> Any:
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("image_size patch_size hidden_size mlp_dim num_heads num_layers resnet_width epochs batch_size accumulate repeats "
      "decoder_layers decoder_hidden_size", lambda value: value >= 1, "be at least 1"),
-    ("lr muon_lr weight_decay warmup crop mixup cutmix", lambda value: value >= 0, "not be negative"),
+    ("lr muon_lr weight_decay warmup crop mixup cutmix stem_units", lambda value: value >= 0, "not be negative"),
     ("rotate", lambda value: 0 <= value <= 180, "be from 0 to 180 degrees"),
     ("seed", lambda value: 0 <= value < 2**63, "not be negative, and be below 2^63"),
     ("resized_crop jitter erase first_share", lambda value: 0 <= value <= 1, "be from 0 to 1"),
@@ -34,15 +34,16 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # The Vision Transformer's sizes, which a ResNet does not read, and what that cannot have beside them.
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "classifier")
 # What weights decide where a run begins with some, beside what it sets back to the defaults (transfer.py).
-OF_WEIGHTS = (*SIZES, "gelu", "positions", "stem", "registers", "qk_norm", "layer_scale")
+OF_WEIGHTS = (*SIZES, "gelu", "positions", "stem", "stem_units", "registers", "qk_norm", "layer_scale")
 TRANSFORMER_ONLY = (
-    "representation_size", "dropout", "gelu", "positions", "stem", "registers", "qk_norm", "layer_scale",
+    "representation_size", "dropout", "gelu", "positions", "stem", "stem_units", "registers", "qk_norm", "layer_scale",
     "initial_weights", "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
 )  # fmt: skip
 
 # Settings that do nothing unless another is set, and how that is to be.
 NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
+    ("stem_units", lambda recipe: recipe.stem == "convolutions", "stem is convolutions"),
     ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
     ("cooldown", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
     ("mask_ratio", lambda recipe: recipe.self_supervised, "objective is patches or pixels"),
@@ -126,6 +127,7 @@ class Recipe:
         "learnt", "learnt embeddings, fixed sines and cosines, or queries and keys rotated by row and column"
     )
     stem: Stem = setting("patch", "one projection of each patch, or convolutions of stride 2 down to it")
+    stem_units: int = setting(0, "residual convolutions of stride 1 in that stem, in front of its last convolution")
     registers: int = setting(0, "extra tokens that no patch stands behind, and that the head does not read")
     qk_norm: bool = setting(False, "normalise each head's queries and keys")
     layer_scale: float | None = setting(None, "learn a scale of each channel of a residual, which begins at this")

@@ -50,8 +50,8 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
     the 3 S² numbers of the image, in `COPIES`.
 
     A number has 4 bytes; with bf16 it has 2, but for the image and the 2 T D that norms read. Patch dropout leaves
-    fewer tokens. A convolutional stem keeps what each of its convolutions gives, before and behind norm and ReLU, and
-    what its projection reads. The ResNet of a hybrid is not counted.
+    fewer tokens. A convolutional stem keeps what each of its convolutions gives, before and behind norm and ReLU, the
+    sum behind each of its units, and what its projection reads. The ResNet of a hybrid is not counted.
     """
     width, hidden, small = config.hidden_size, config.mlp_dim, 2 if recipe.precision == "bf16" else 4
     tokens = config.num_prefix_tokens + config.kept_patches(config.grid**2)
@@ -69,6 +69,7 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
     if config.stem == "convolutions":
         maps = sum(width * (config.image_size >> level) ** 2 for level, width in enumerate(config.stem_widths, start=1))
         kept += small * (2 * maps + config.grid**2 * width)
+        kept += small * 3 * config.stem_units * (config.hidden_size // 2) * (2 * config.grid) ** 2
     return kept + small * 2 * max(tokens * hidden, attention) + COPIES * 4 * 3 * config.image_size**2
 
 

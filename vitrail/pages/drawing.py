@@ -184,8 +184,10 @@ def draw_projection(sheet: Sheet, model: VisionTransformer) -> None:
     if model.resnet is not None:
         name = "Linear projection"
     elif isinstance(stem, ConvolutionalStem):
-        widths = " → ".join(f"{width:,}" for width in (3, *model.config.stem_widths, len(weights)))
-        name, numbers = "Convolutions of stride 2 and linear projection", widths
+        *maps, last = model.config.stem_widths
+        units = [counted(model.config.stem_units, "unit")] if model.config.stem_units else []
+        steps = [*(f"{width:,}" for width in (3, *maps)), *units, f"{last:,}", f"{len(weights):,}"]
+        name, numbers = "Convolutions of stride 2 and linear projection", " → ".join(steps)
     sheet.labelled(LEFT, 680, RIGHT - LEFT, 60, ROSE, name, [f"{numbers}: {count(stem):,} parameters"])
 
 

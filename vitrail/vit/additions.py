@@ -1,7 +1,7 @@
 """What later papers add to the Vision Transformer; each is off until the config, or the recipe, asks for it. Positions
 are in `positions.py`; QK-norm and registers take a few lines of `model.py` itself.
 
-    B batch    T tokens    N patches    D hidden_size
+    B batch    T tokens    N patches    D hidden_size    W channels of a feature map    h, w its sides
 """
 
 import math
@@ -19,22 +19,42 @@ from vitrail.vit.resnet import GROUP_NORM_EPS, GROUPS
 class ConvolutionalStem(nn.Module):
     """Image → patches → tokens by 3×3 convolutions of stride 2, each twice as wide as the one before and the last as
     wide as a token, and a projection: 2106.14881, section 3, of the widths of its ViT_C-1GF and 4GF. GroupNorm stands
-    in for its BatchNorm, so that what becomes of an image does not hang on the others of its batch."""
+    in for its BatchNorm, so that what becomes of an image does not hang on the others of its batch.
+
+    `stem_units` more, of stride 1, work on the map of half a patch's cells, in front of the last convolution. They are
+    not of that paper, whose larger stems have some of stride 1 too: each adds to what it is given, as the units of
+    residual networks do (1512.03385), which this map is the middle of.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        widths = [3, *config.stem_widths]
-        layers: list[nn.Module] = []
-        for before, width in pairwise(widths):
-            norm = nn.GroupNorm(math.gcd(GROUPS, width), width, GROUP_NORM_EPS)
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), norm, nn.ReLU()]
-        self.layers = nn.Sequential(*layers)
+        *maps, last = pairwise([3, *config.stem_widths])
+        layers = [layer for before, width in maps for layer in convolution(before, width, stride=2)]
+        layers += [ResidualUnit(last[0]) for _ in range(config.stem_units)]
+        self.layers = nn.Sequential(*layers, *convolution(*last, stride=2))
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
         if images.device.type == "cpu":  # where colours come last, as batches have them, it would take longer
             images = images.contiguous()
         return self.projection(self.layers(images).flatten(2).transpose(1, 2))
+
+
+class ResidualUnit(nn.Module):
+    """A 3×3 convolution whose result is added to what it is given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*convolution(width, width, stride=1))
+
+    def forward(self, x: Float[Tensor, "B W h w"]) -> Float[Tensor, "B W h w"]:
+        return x + self.layers(x)
+
+
+def convolution(before: int, width: int, stride: int) -> tuple[nn.Module, ...]:
+    """A 3×3 convolution from so many channels to so many, its norm and its ReLU."""
+    norm = nn.GroupNorm(math.gcd(GROUPS, width), width, GROUP_NORM_EPS)
+    return nn.Conv2d(before, width, 3, stride, padding=1, bias=False), norm, nn.ReLU()
 
 
 class ResidualScale(nn.Module):

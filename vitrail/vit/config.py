@@ -45,6 +45,7 @@ class ViTConfig:
     # What later papers add (additions.py, positions.py); the last two are of training alone.
     positions: Positions = "learnt"
     stem: Stem = "patch"
+    stem_units: int = 0  # of a stem of convolutions
     registers: int = 0
     qk_norm: bool = False
     layer_scale: float | None = None  # what the scales are at first
@@ -98,9 +99,10 @@ class ViTConfig:
         qk_norm: Any = self.qk_norm  # from a file, it may be anything
         if not isinstance(qk_norm, bool):
             raise BadInput(f"qk_norm is {shorten(qk_norm)}; it must be true or false.")
-        registers: Any = self.registers
-        if not isinstance(registers, int) or not 0 <= registers <= MOST:
-            raise BadInput(f"registers is {shorten(registers)}; it must be a whole number from 0 to {MOST:,}.")
+        for name, most in (("registers", MOST), ("stem_units", MOST_LAYERS)):
+            value: Any = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value <= most:
+                raise BadInput(f"{name} is {shorten(value)}; it must be a whole number from 0 to {most:,}.")
         if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
             raise BadInput(f"layer_scale is {self.layer_scale}; it must be above 0, or left out.")
         for positions, what, width in (
@@ -114,6 +116,11 @@ class ViTConfig:
             if self.patch_size & (self.patch_size - 1) or self.patch_size == 1:
                 raise BadInput(
                     f"convolutions halve an image until a patch is left: {self.patch_size} is no power of 2."
+                )
+            if self.stem_units and self.patch_size < 4:
+                raise BadInput(
+                    f"stem_units is {self.stem_units}; units stand between the stem's two last convolutions, of which "
+                    f"there is one for patches of {self.patch_size}: take 0, or larger patches."
                 )
             if self.hidden_size % (self.patch_size // 2):
                 raise BadInput(
@@ -143,7 +150,7 @@ class ViTConfig:
 
     @property
     def stem_widths(self) -> list[int]:
-        """Channels behind each convolution of a convolutional stem."""
+        """Channels behind each of the convolutions of stride 2 in a convolutional stem."""
         return [self.hidden_size >> more for more in reversed(range(self.patch_size.bit_length() - 1))]
 
     def kept_patches(self, count: int) -> int:

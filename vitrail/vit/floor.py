@@ -100,7 +100,8 @@ def _stem(config: ViTConfig, batch: int) -> list[Product]:
     widths = config.stem_widths
     cells = [batch * patches * 4**halvings for halvings in reversed(range(len(widths)))]
     convolutions = [Product(m, 9 * before, n) for m, before, n in zip(cells, [3, *widths], widths, strict=False)]
-    return [*convolutions, Product(batch * patches, width, width)]
+    units = [Product(cells[-2], 9 * widths[-2], widths[-2], config.stem_units)] if config.stem_units else []
+    return [*convolutions, *units, Product(batch * patches, width, width)]
 
 
 def _block(config: ViTConfig, batch: int, tokens: int, asked: int, count: int) -> list[Product]:
