@@ -131,12 +131,13 @@ def test_muon_has_the_matrices_of_the_blocks() -> None:
 
 def test_muon_has_the_kernels_of_a_stem_too() -> None:
     model = VisionTransformer(replace(CONFIG, stem="convolutions", stem_units=1))
-    groups = [group for group in parameter_groups(model, Recipe(optimizer="muon")) if "parts" in group]
+    recipe = Recipe(optimizer="muon", stem_rate=3.0)
+    groups = [group for group in parameter_groups(model, recipe) if "parts" in group]
     rates = {id(weight): group["peak"] for group in groups for weight in group["params"]}
     found = {name: rates[id(weight)] for name, weight in model.named_parameters() if id(weight) in rates}
     stem = {name for name, weight in model.named_parameters() if weight.ndim == 4}
     assert len(stem) == 3
-    assert {name for name, rate in found.items() if rate == 2 * Recipe.muon_lr} == stem
+    assert {name for name, rate in found.items() if rate == 3 * Recipe.muon_lr} == stem
     assert {rate for name, rate in found.items() if name not in stem} == {Recipe.muon_lr}
 
 

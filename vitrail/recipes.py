@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import BadInput, nearest
-from vitrail.settings import CLASSES_ONLY, NEEDS, Recipe
+from vitrail.settings import CLASSES_ONLY, NEEDS, OF_STEM, Recipe
 
 # The three experiments that Vitrail started from share all but these settings: Adam with coupled weight decay,
 # batches of 200 at a peak of 1e-3, rotation by up to 10 degrees and flips, float32, no clipping, no smoothing. With
@@ -74,7 +74,9 @@ RECIPES: dict[str, Recipe] = {
     # library's format says its stem of convolutions; stem=patch, epochs=16 and no stochastic depth came to 0.489 in 52
     # minutes of two cores of a Xeon without bf16 (results/laptop-128-wide-seed-0). coffee, a plain ViT: 9 minutes of
     # the EPYC, 0.397 (results/coffee-bf16-seed-0); 12.7 of the Xeon, 0.399 (results/coffee-tanh-seed-0).
-    "laptop": Recipe(**_HOUR | {"num_layers": 5}, epochs=19, stem="convolutions", stem_units=4, stochastic_depth=0.1),
+    "laptop": Recipe(
+        **_HOUR | {"num_layers": 5}, stem="convolutions", stem_units=4, stem_rate=2.0, stochastic_depth=0.1, epochs=18,
+    ),
     "coffee": Recipe(**_HOUR | {"hidden_size": 96, "mlp_dim": 384, "num_heads": 2}, epochs=6),
     # vitrail train coffee-cnn: a ResNet-18 half as wide on the same images for the same time, by the same optimizer:
     # 0.175 (results/coffee-cnn-seed-0).
@@ -143,11 +145,13 @@ def resolve(name: str, **overrides: Any) -> Resolved:
             raise BadInput(f"a recipe has no setting {key!r}{nearest(key, known)}")
     own = RECIPES[name]
     pretrained = overrides.get("objective", own.objective) != "classes"
-    unused = {key: off for key, off in CLASSES_ONLY.items() if pretrained and getattr(own, key) != off}
-    recipe = dataclasses.replace(own, **unused | overrides)
+    unused = dict.fromkeys(OF_STEM, "stem") if overrides.get("stem") == "patch" else {}
+    unused |= dict.fromkeys(CLASSES_ONLY, "objective") if pretrained else {}
+    unused = {key: by for key, by in unused.items() if getattr(own, key) != CLASSES_ONLY[key]}
+    recipe = dataclasses.replace(own, **{key: CLASSES_ONLY[key] for key in unused} | overrides)
     for key, met, how in NEEDS:  # asked for here, where a recipe's own may be left without what it is for
         if key in overrides and not met(recipe):
             raise BadInput(f"{key} does nothing unless {how}.")
     set_by = {key: "default" if getattr(own, key) == default else "recipe" for key, default in known.items()}
-    set_by |= dict.fromkeys(unused, "objective") | dict.fromkeys(overrides, "command line")
+    set_by |= unused | dict.fromkeys(overrides, "command line")
     return Resolved(name, recipe, set_by)

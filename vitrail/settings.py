@@ -20,7 +20,8 @@ def setting(default: Any, help: str) -> Any:
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("image_size patch_size hidden_size mlp_dim num_heads num_layers resnet_width epochs batch_size accumulate repeats "
      "decoder_layers decoder_hidden_size", lambda value: value >= 1, "be at least 1"),
-    ("lr muon_lr weight_decay warmup crop mixup cutmix stem_units", lambda value: value >= 0, "not be negative"),
+    ("lr muon_lr stem_rate weight_decay warmup crop mixup cutmix stem_units", lambda value: value >= 0,
+     "not be negative"),
     ("rotate", lambda value: 0 <= value <= 180, "be from 0 to 180 degrees"),
     ("seed", lambda value: 0 <= value < 2**63, "not be negative, and be below 2^63"),
     ("resized_crop jitter erase first_share", lambda value: 0 <= value <= 1, "be from 0 to 1"),
@@ -36,14 +37,22 @@ SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "cla
 # What weights decide where a run begins with some, beside what it sets back to the defaults (transfer.py).
 OF_WEIGHTS = (*SIZES, "gelu", "positions", "stem", "stem_units", "registers", "qk_norm", "layer_scale")
 TRANSFORMER_ONLY = (
-    "representation_size", "dropout", "gelu", "positions", "stem", "stem_units", "registers", "qk_norm", "layer_scale",
-    "initial_weights", "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
+    "representation_size", "dropout", "gelu", "positions", "stem", "stem_units", "stem_rate", "registers", "qk_norm",
+    "layer_scale", "initial_weights", "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
 )  # fmt: skip
+
+# What a stem of convolutions has, and what a model without one has instead.
+OF_STEM: dict[str, Any] = {"stem_units": 0, "stem_rate": 1.0}
 
 # Settings that do nothing unless another is set, and how that is to be.
 NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
-    ("stem_units", lambda recipe: recipe.stem == "convolutions", "stem is convolutions"),
+    ("stem_units", lambda recipe: recipe.stem == "convolutions" or recipe.stem_units == 0, "stem is convolutions"),
+    (
+        "stem_rate",
+        lambda recipe: recipe.stem_rate == 1 or (recipe.stem, recipe.optimizer) == ("convolutions", "muon"),
+        "stem is convolutions and optimizer is muon",
+    ),
     ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
     ("cooldown", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
     ("mask_ratio", lambda recipe: recipe.self_supervised, "objective is patches or pixels"),
@@ -56,6 +65,7 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
 # What pre-training has no use for, or cannot have; what a recipe for classes has of it is set back to these.
 CLASSES_ONLY: dict[str, Any] = {
     "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "layer_decay": 1.0, "patch_dropout": 0.0, "stem": "patch",
+    **OF_STEM,
 }  # fmt: skip
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -148,10 +158,11 @@ class Recipe:
         False, "keep only what enters each block, and compute the rest again: less memory, a third more time"
     )
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = setting(
-        "adamw", "adam: its weight decay is coupled (L2); muon: for the matrices of the blocks, adamw for the rest"
+        "adamw", "adam: its weight decay is coupled (L2); muon: for matrices of blocks and kernels, adamw for the rest"
     )
     lr: float = setting(1e-3, "peak learning rate")
     muon_lr: float = setting(0.02, "peak learning rate of what muon has")
+    stem_rate: float = setting(1.0, "of it, for the kernels of a stem of convolutions")
     layer_decay: float = setting(1.0, "multiply the learning rate by this for each layer between a weight and the head")
     weight_decay: float = setting(0.0, "weight decay (adamw, muon: decoupled, and not on biases, norms and embeddings)")
     label_smoothing: float = setting(0.0, "share of each label that is spread evenly over all classes")  # 1512.00567

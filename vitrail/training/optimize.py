@@ -15,7 +15,6 @@ EMBEDDINGS = ("class_token", "registers", "position_embedding", "mask_embedding"
 
 # What the encoder consists of: blocks, and what stands before them in a ResNet, or as a stem.
 BLOCKS = ("blocks.", "patch_embedding.layers.", "resnet.stages.", "decoder_blocks.")
-STEM_RATE = 2.0  # of Muon's rate, for the kernels of a stem: docs/experiments.md, "A stem of convolutions, by Muon"
 
 
 def warmup_steps(recipe: Recipe, steps: int) -> int:
@@ -46,9 +45,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     and, where Muon has them, of how many `parts` each consists.
 
     Decoupled decay (AdamW, Muon) spares biases, norms, scales and embeddings; Adam's and SGD's is L2 on everything, as
-    in the experiments that used it. Muon has the matrices of the encoder blocks, and the kernels of a ResNet's and, at
-    `STEM_RATE`, of a convolutional stem; in pre-training, where what is trained has the model for its `encoder`, also
-    those of a decoder's blocks.
+    in the experiments that used it. Muon has the matrices of the encoder blocks, and the kernels of a ResNet's and of a
+    convolutional stem, these at `stem_rate` times its rate; in pre-training, where what is trained has the model for
+    its `encoder`, also those of a decoder's blocks.
     """
     groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
     for name, weight in model.named_parameters():
@@ -59,7 +58,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         spared = decoupled and (weight.ndim == 1 or name in EMBEDDINGS)
         hidden = recipe.optimizer == "muon" and name.startswith(BLOCKS) and weight.ndim > 1
         peak = (recipe.muon_lr if hidden else recipe.lr) * rate_scale(name, recipe)
-        peak *= STEM_RATE if hidden and name.startswith("patch_embedding.") else 1.0
+        peak *= recipe.stem_rate if hidden and name.startswith("patch_embedding.") else 1.0
         common = {"lr": peak, "peak": peak, "weight_decay": 0.0 if spared else recipe.weight_decay}
         if hidden:
             common["parts"] = 3 if name.endswith(".qkv.weight") else 1
