@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -69,8 +70,12 @@ def test_what_later_papers_add_is_drawn() -> None:
         model = VisionTransformer(config)
     text = text_of(draw(model, "a <model> & more", ("cat", "dog & mouse")))
     for said in ("a <model> & more", "class: cat, dog & mouse", "R 2 learnt registers", "Layer with tanh",
-                 "× scale: 24", "3 → 12 → 3 units → 24 → 24", "keys normalised, turned by position"):  # fmt: skip
+                 "× scale: 24", "Convolutions and linear projection",
+                 "3 → 12 → 3 units → 24 → 24: ", "keys normalised, turned by position"):  # fmt: skip
         assert said in text
+    with torch.device("meta"):
+        model = VisionTransformer(replace(config, stem_units=0))
+    assert "3 → 12 → 24 → 24: " in text_of(draw(model, "without units", ("cat", "dog")))
 
 
 def test_a_run_is_drawn_with_its_classes_and_an_image(tmp_path: Path) -> None:

@@ -381,7 +381,9 @@ def test_what_needs_labels_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved.set_by["lr"] == "command line"
     assert resolve("taught").recipe == taught
     stemmed = resolve("laptop", objective="pixels")
-    assert (stemmed.recipe.stem, stemmed.set_by["stem"]) == ("patch", "objective")
+    stem = {name: getattr(stemmed.recipe, name) for name in ("stem", "stem_units", "stem_rate")}
+    assert stem == {"stem": "patch", "stem_units": 0, "stem_rate": 1}
+    assert {stemmed.set_by[name] for name in stem} == {"objective"}
 
 
 @pytest.mark.parametrize(
@@ -389,6 +391,7 @@ def test_what_needs_labels_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"label_smoothing": 0.1, "layer_decay": 0.7}, "no use for label_smoothing, layer_decay; leave it out, or set"),
         ({"stem": "convolutions"}, "needs stem = patch"),
+        ({"stem_units": 2}, "no use for stem_units; leave it out, or set stem_units = 0"),
         ({"representation_size": 8}, "leave representation_size out"),
         ({"mask_ratio": 1.0}, "mask_ratio is 1.0; it must be above 0 and below 1"),
         ({"decoder_hidden_size": 40}, "decoder_hidden_size is 40; it must be a multiple of 32"),

@@ -69,7 +69,7 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
     if config.stem == "convolutions":
         maps = sum(width * (config.image_size >> level) ** 2 for level, width in enumerate(config.stem_widths, start=1))
         kept += small * (2 * maps + config.grid**2 * width)
-        kept += small * 3 * config.stem_units * (config.hidden_size // 2) * (2 * config.grid) ** 2
+        kept += small * 3 * config.stem_units * config.unit_width * (2 * config.grid) ** 2
     return kept + small * 2 * max(tokens * hidden, attention) + COPIES * 4 * 3 * config.image_size**2
 
 

@@ -187,7 +187,7 @@ def draw_projection(sheet: Sheet, model: VisionTransformer) -> None:
         *maps, last = model.config.stem_widths
         units = [counted(model.config.stem_units, "unit")] if model.config.stem_units else []
         steps = [*(f"{width:,}" for width in (3, *maps)), *units, f"{last:,}", f"{len(weights):,}"]
-        name, numbers = "Convolutions of stride 2 and linear projection", " → ".join(steps)
+        name, numbers = "Convolutions and linear projection", " → ".join(steps)
     sheet.labelled(LEFT, 680, RIGHT - LEFT, 60, ROSE, name, [f"{numbers}: {count(stem):,} parameters"])
 
 

@@ -21,16 +21,16 @@ class ConvolutionalStem(nn.Module):
     wide as a token, and a projection: 2106.14881, section 3, of the widths of its ViT_C-1GF and 4GF. GroupNorm stands
     in for its BatchNorm, so that what becomes of an image does not hang on the others of its batch.
 
-    `stem_units` more, of stride 1, work on the map of half a patch's cells, in front of the last convolution. They are
-    not of that paper, whose larger stems have some of stride 1 too: each adds to what it is given, as the units of
-    residual networks do (1512.03385), which this map is the middle of.
+    `stem_units` more, of stride 1, stand in front of the last of these, where h = w = 2 √N and W = D / 2: two cells
+    along each side of a patch. Each adds its result to what it is given (1512.03385, equation 1); those of stride 1 in
+    the former paper's largest stem do not. Patches are at least 2 pixels wide, 4 with units (`ViTConfig`).
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         *maps, last = pairwise([3, *config.stem_widths])
         layers = [layer for before, width in maps for layer in convolution(before, width, stride=2)]
-        layers += [ResidualUnit(last[0]) for _ in range(config.stem_units)]
+        layers += [ResidualUnit(config.unit_width) for _ in range(config.stem_units)]
         self.layers = nn.Sequential(*layers, *convolution(*last, stride=2))
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 

@@ -149,6 +149,11 @@ class ViTConfig:
         return self.num_prefix_tokens + self.grid**2
 
     @property
+    def unit_width(self) -> int:
+        """Channels of the residual units of a convolutional stem."""
+        return self.hidden_size // 2
+
+    @property
     def stem_widths(self) -> list[int]:
         """Channels behind each of the convolutions of stride 2 in a convolutional stem."""
         return [self.hidden_size >> more for more in reversed(range(self.patch_size.bit_length() - 1))]

@@ -94,13 +94,13 @@ def _forward(config: ViTConfig, batch: int, training: bool, every_token: bool) -
 
 def _stem(config: ViTConfig, batch: int) -> list[Product]:
     """The products that make tokens of patches; a convolution is one of what each of its cells sees."""
-    patches, width = config.grid**2, config.hidden_size
+    patches, width, half, count = config.grid**2, config.hidden_size, config.unit_width, config.stem_units
     if config.stem == "patch":
         return [Product(batch * patches, 3 * config.patch_size**2, width)]
     widths = config.stem_widths
     cells = [batch * patches * 4**halvings for halvings in reversed(range(len(widths)))]
     convolutions = [Product(m, 9 * before, n) for m, before, n in zip(cells, [3, *widths], widths, strict=False)]
-    units = [Product(cells[-2], 9 * widths[-2], widths[-2], config.stem_units)] if config.stem_units else []
+    units = [Product(4 * batch * patches, 9 * half, half, count)] if count else []
     return [*convolutions, *units, Product(batch * patches, width, width)]
 
 
