@@ -45,9 +45,7 @@ def test_a_run_is_kept_with_all_that_it_takes_to_repeat_it(run: Path) -> None:
     assert (last["epoch"], last["val_top1"]) == (found["epochs"], found["top1"])
 
 
-@pytest.mark.parametrize(
-    ("kept_in", "of"), [("laptop", "laptop-128-wide-seed-0"), ("laptop-stem", "laptop-stem-seed-0")]
-)
+@pytest.mark.parametrize(("kept_in", "of"), [("laptop", "laptop-128-wide-seed-0"), ("laptop-stem", "laptop-seed-0")])
 def test_the_model_that_is_kept_is_that_of_its_run(kept_in: str, of: str) -> None:
     """Its card has the run's figures; the weights are loaded by the command that the README gives."""
     run, folder = ROOT / "results" / of, ROOT / "models" / kept_in
