@@ -21,17 +21,16 @@ from vitrail.weights.formats import Imported
 LIBRARIES: tuple[Library, ...] = ("transformers", "timm")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=24, mlp_dim=50, num_heads=3, num_layers=2, num_classes=3)
 TINY = replace(SMALL, image_size=8, hidden_size=8, mlp_dim=8, num_heads=2, num_layers=1)
-KINDS = {  # by what the head reads, and the tokens that there are beside the patches
-    "token": SMALL, "gap": replace(SMALL, classifier="gap"), "registers": replace(SMALL, registers=2),
-    "registers, gap": replace(SMALL, registers=2, classifier="gap", representation_size=10),
+KINDS = {  # by what the head reads
+    "token": SMALL, "gap": replace(SMALL, classifier="gap"),
+    "tanh": replace(SMALL, classifier="gap", representation_size=10),
     "larger images": replace(SMALL, image_size=36),
 }  # fmt: skip
 ADDED = {  # by what is in their blocks, or before them
-    "rotary": replace(SMALL, positions="rotary", registers=1), "sincos": replace(SMALL, positions="sincos"),
-    "LayerScale": replace(SMALL, layer_scale=0.1), "qk-norm": replace(SMALL, qk_norm=True),
+    "LayerScale": replace(SMALL, layer_scale=0.1),
     "convolutions": replace(SMALL, stem="convolutions", stem_units=1),
     "hybrid": replace(SMALL, resnet_blocks=(1,), patch_size=1),
-    "all": replace(SMALL, positions="rotary", layer_scale=0.1, qk_norm=True, stem="convolutions", classifier="gap"),
+    "all": replace(SMALL, layer_scale=0.1, stem="convolutions", stem_units=1, classifier="gap"),
 }  # fmt: skip
 CLASSES = ("cat", "dög", "a, \"b\"")  # fmt: skip
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)

@@ -1,7 +1,6 @@
 """What later papers add to the model: what each computes, that all go together, and that none is there unasked."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,20 @@ from vitrail.errors import BadInput
 from vitrail.vit.additions import ConvolutionalStem, ResidualScale, ResidualUnit, drop_patches, zero_residuals
 from vitrail.vit.config import ADDITIONS, ViTConfig
 from vitrail.vit.floor import forward_flops, training_flops
-from vitrail.vit.model import Attention, VisionTransformer
-from vitrail.vit.positions import apply_rotary, grid, rotary_positions, sincos_positions
+from vitrail.vit.model import VisionTransformer
+from vitrail.vit.positions import sincos_positions
 from vitrail.weights.checkpoint import Run
 from vitrail.weights.exchange import UNSAID, Library, check_options
 
 CPU = torch.device("cpu")
 SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2, num_classes=5)
 EACH: list[dict[str, Any]] = [
-    {"positions": "sincos"}, {"positions": "rotary"}, {"stem": "convolutions"}, {"registers": 3}, {"qk_norm": True},
-    {"layer_scale": 0.3}, {"stochastic_depth": 0.4}, {"patch_dropout": 0.4}, {"stem": "convolutions", "stem_units": 2},
+    {"stem": "convolutions"}, {"stem": "convolutions", "stem_units": 2}, {"layer_scale": 0.3},
+    {"stochastic_depth": 0.4}, {"patch_dropout": 0.4},
 ]  # fmt: skip
-ALL: dict[str, Any] = {name: value for addition in EACH[1:] for name, value in addition.items()}
-CASES = [pytest.param(each, id="-".join(map(str, each)) + str(each.get("positions", ""))) for each in EACH]
-CASES += [pytest.param(ALL, id="all"), pytest.param({**ALL, "positions": "sincos", "classifier": "gap"}, id="all-gap")]
+ALL: dict[str, Any] = {name: value for addition in EACH for name, value in addition.items()}
+CASES = [pytest.param(each, id="-".join(each)) for each in EACH]
+CASES += [pytest.param(ALL, id="all"), pytest.param({**ALL, "classifier": "gap"}, id="all-gap")]
 # Weights as those of a trained model, so that nothing is hidden by what begins at zero
 SPREAD = 0.3
 
@@ -72,12 +71,19 @@ def test_the_plain_model_is_as_it_was(tmp_path: Path) -> None:
     run.save_model(model, tuple("abcde"))
     path = run.path / "model" / "config.json"
     content = json.loads(path.read_text("utf-8"))
-    for name in ALL:  # older runs have none of them
+    for name in ALL:  # older runs have none of them, and settings that are no more
         del content["model"][name]
+    content["model"] |= {"positions": "learnt", "registers": 0, "qk_norm": False}
     path.write_text(json.dumps(content))
     back = vitrail.load(run.path)
     assert back.config == SMALL
     assert torch.equal(back(images()), model.eval()(images()))
+    content["model"] |= {"positions": "rotary", "registers": 2}
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        BadInput, match=r"config\.json: settings that this version of Vitrail lacks: positions, registers"
+    ):
+        vitrail.load(run.path)
 
 
 @pytest.mark.parametrize("added", [{"stochastic_depth": 0.4}, {"patch_dropout": 0.4}])
@@ -118,7 +124,7 @@ def test_attention_is_what_the_blocks_pay(added: dict[str, Any]) -> None:
     tokens = model.embed(images())
     assert weights.shape == (3, 4, model.config.num_tokens, model.config.num_tokens) == (3, 4, *2 * tokens.shape[1:2])
     block: Any = model.blocks[1]
-    x = model.blocks[0](tokens, rotation=rotary_positions(model.config, tokens))
+    x = model.blocks[0](tokens)
     values = block.attention.project(block.attention_norm(x))[2]
     attended = block.attention.out((weights @ values).transpose(1, 2).flatten(2))
     x = x + block.attention_scale(attended)
@@ -126,9 +132,8 @@ def test_attention_is_what_the_blocks_pay(added: dict[str, Any]) -> None:
     torch.testing.assert_close(model.norm(x), model.forward_encoder(tokens), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["learnt", "sincos", "rotary"])
-def test_saved_loaded_and_resized(positions: str, tmp_path: Path) -> None:
-    model = build(ALL, positions=positions)
+def test_saved_loaded_and_resized(tmp_path: Path) -> None:
+    model = build(ALL)
     run = Run.create(tmp_path / "run")
     run.save_model(model, tuple("abcde"))
     back, larger = vitrail.load(run.path), vitrail.load(run.path, image_size=24)
@@ -137,10 +142,8 @@ def test_saved_loaded_and_resized(positions: str, tmp_path: Path) -> None:
     names = [name for name in model.state_dict() if name != "position_embedding"]
     assert all(torch.equal(larger.state_dict()[name], model.state_dict()[name]) for name in names)
     assert isinstance(larger, VisionTransformer)
-    assert larger.embed(images(2, 24)).shape == (2, 1 + 3 + 6**2, 32)
-    small = larger.train().embed(images(2, 16))  # smaller images in training, as in the first steps of some recipes
-    if positions != "learnt":
-        assert torch.equal(small, model.embed(images(2, 16)))
+    assert larger.embed(images(2, 24)).shape == (2, 1 + 6**2, 32)
+    assert larger.train().embed(images(2, 16)).shape == (2, 1 + 4**2, 32)  # as in the first steps of some recipes
 
 
 @pytest.mark.parametrize("added", CASES)
@@ -177,9 +180,7 @@ def test_each_setting_of_a_recipe_reaches_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", UNSAID)
 def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: Library) -> None:
-    values: dict[str, Any] = {
-        "positions": "sincos", "stem": "convolutions", "registers": 1, "qk_norm": True, "layer_scale": 1.0,
-    }  # fmt: skip
+    values: dict[str, Any] = {"stem": "convolutions", "layer_scale": 1.0}
     assert values.keys() == set(ADDITIONS)
     for name, value in values.items():
         with pytest.raises(BadInput, match=f"{library} has no such model: it has {name} = {value}".lower()):
@@ -190,18 +191,12 @@ def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: Li
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"positions": "fixed"}, "positions is 'fixed'; it must be one of learnt, sincos, rotary"),
         ({"stem": "conv"}, "stem is 'conv'; it must be one of patch, convolutions"),
         ({"stem": "convolutions", "stem_units": -1}, "stem_units is -1; it must be a whole number from 0"),
         ({"stem": "convolutions", "stem_units": "2"}, "stem_units is '2'; it must be a whole number from 0"),
-        ({"registers": -1}, "registers is -1; it must be a whole number from 0"),
-        ({"registers": 1.5}, "registers is 1.5; it must be a whole number from 0"),
-        ({"qk_norm": "yes"}, "qk_norm is 'yes'; it must be true or false"),
         ({"layer_scale": 0.0}, "layer_scale is 0.0; it must be above 0, or left out"),
         ({"stochastic_depth": 1.0}, "stochastic_depth is 1.0; it must be at least 0 and below 1"),
         ({"patch_dropout": -0.1}, "patch_dropout is -0.1; it must be at least 0 and below 1"),
-        ({"positions": "sincos", "hidden_size": 30, "num_heads": 3}, "a width of a multiple of 4 channels, not of 30"),
-        ({"positions": "rotary", "num_heads": 16}, "need heads of a multiple of 4 channels, not of 2"),
         ({"stem": "convolutions", "patch_size": 6, "image_size": 18}, "6 is no power of 2"),
         ({"stem": "convolutions", "patch_size": 1}, "1 is no power of 2"),
         ({"stem": "convolutions", "patch_size": 16, "hidden_size": 36}, "take a multiple of 8 for hidden_size"),
@@ -214,88 +209,31 @@ def test_additions_that_cannot_be_are_refused(changed: dict[str, Any], message: 
         replace(SMALL, **changed)
 
 
-@pytest.mark.parametrize("positions", ["learnt", "sincos", "rotary"])
-def test_residuals_are_summed_in_float32(positions: str) -> None:
-    model = build({"positions": positions, "classifier": "gap"})
+def test_residuals_are_summed_in_float32() -> None:
+    model = build({"classifier": "gap"})
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model.embed(images())
-        rotation = rotary_positions(model.config, tokens)
-        assert (tokens.dtype, model.blocks[0](tokens, None, rotation).dtype) == (torch.float32, torch.float32)
+        assert (tokens.dtype, model.blocks[0](tokens).dtype) == (torch.float32, torch.float32)
 
 
 # Positions
 
 
-@pytest.mark.parametrize("positions", ["learnt", "sincos", "rotary"])
-def test_the_model_sees_where_patches_are(positions: str) -> None:
-    model = build({"positions": positions, "classifier": "gap"}).eval()
+def test_the_model_sees_where_patches_are() -> None:
+    model = build({"classifier": "gap"}).eval()
     image = images(1)
     moved = torch.cat([image[..., 8:], image[..., :8]], dim=-1)  # the same patches, halves exchanged
     assert (model(moved) - model(image)).abs().max() > 1e-2
 
 
 def test_sincos_positions_are_those_of_big_vision() -> None:
-    """Its formula (models/vit.py, posemb_sincos_2d), in NumPy; the class token has none."""
+    """Its formula (models/vit.py, posemb_sincos_2d), in NumPy."""
     for side, width in ((3, 8), (4, 32), (1, 4)):
         y, x = np.mgrid[:side, :side]
         omega = 1 / 10_000 ** (np.arange(width // 4) / max(1, width // 4 - 1))
         columns, rows = (np.einsum("m,d->md", part.flatten(), omega) for part in (x, y))
         expected = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
         np.testing.assert_allclose(sincos_positions(side**2, width, CPU), expected, atol=1e-6)
-    model = build({"positions": "sincos"})
-    assert model.class_token is not None
-    tokens = model.embed(images())
-    torch.testing.assert_close(tokens[:, 1:], model.patch_embedding(images()) + sincos_positions(16, 32, CPU))
-    assert torch.equal(tokens[:, :1], model.class_token.expand(3, -1, -1))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_rotary_scores_depend_on_how_far_apart_patches_are(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiled)  # compilers know no complex numbers
-    config = replace(SMALL, positions="rotary", registers=2)
-    q, k = torch.randn(2, 5, 4, 3 + 9, 8, generator=torch.Generator().manual_seed(0))
-    tokens = torch.zeros(5, 3 + 9, 32)
-
-    def turned(x: Tensor, rows: int, columns: int) -> Tensor:
-        rotation = rotary_positions(config, tokens, (grid(9, CPU) + torch.tensor([rows, columns]))[None])
-        assert rotation is not None
-        return apply_rotary(x, rotation)
-
-    # Written out for one patch: row 1, column 2 of the grid; 4 pairs, two for the row and two for the column
-    angles = np.array([1, 1 / 10, 2, 2 / 10])
-    pairs = q[0, 0, 3 + 5].numpy().astype(np.float64).reshape(4, 2)
-    expected = (pairs[:, 0] + 1j * pairs[:, 1]) * np.exp(1j * angles)
-    np.testing.assert_allclose(turned(q, 0, 0)[0, 0, 3 + 5].numpy().reshape(4, 2) @ [1, 1j], expected, atol=1e-6)
-
-    scores = turned(q, 0, 0) @ turned(k, 0, 0).mT
-    patches = slice(3, None)
-    moved = turned(q, 2, 5) @ turned(k, 2, 5).mT
-    torch.testing.assert_close(moved[..., patches, patches], scores[..., patches, patches], atol=1e-4, rtol=1e-5)
-    apart = turned(q, 0, 0) @ turned(k, 2, 5).mT
-    assert (apart - scores)[..., patches, patches].abs().max() > 0.1
-    assert torch.equal(turned(q, 2, 5)[:, :, :3], q[:, :, :3])  # the class token and the registers
-
-    config = replace(config, registers=0, classifier="gap")
-    attention, x = Attention(32, 4), torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
-    near, far = (rotary_positions(config, x, grid(9, CPU)[None] + shift) for shift in (0, 4))
-    torch.testing.assert_close(attention.weights(x, near), attention.weights(x, far))
-    assert (attention.weights(x, near) - attention.weights(x)).abs().max() > 1e-3
-
-
-def test_rotary_positions_go_with_their_patches() -> None:
-    """Patches in another order, said so, are the same image; not said so, they are another."""
-    model = build({"positions": "rotary"}).eval()
-    tokens, order = model.embed(images()), torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, order]], dim=1)
-    places = grid(16, CPU)[order].expand(3, -1, -1)
-    expected = model.forward_encoder(tokens)[:, 0]
-    torch.testing.assert_close(model.forward_encoder(shuffled, 1, places)[:, 0], expected, atol=1e-5, rtol=1e-5)
-    assert (model.forward_encoder(shuffled, 1)[:, 0] - expected).abs().max() > 1e-2
-    model = build({"positions": "rotary", "patch_dropout": 0.4})
-    torch.manual_seed(3)
-    tokens, places = drop_patches(model.embed(images()), model.config)
-    torch.manual_seed(3)
-    torch.testing.assert_close(model(images()), model.forward_head(model.forward_encoder(tokens, 1, places)))
 
 
 # The rest, each
@@ -343,34 +281,6 @@ def test_units_of_a_stem_add_to_its_last_map_but_one() -> None:
     torch.testing.assert_close(deep(batch), plain(batch))
 
 
-def test_registers_take_part_and_are_not_read() -> None:
-    model = build({"registers": 3, "classifier": "gap"}).eval()
-    config = model.config
-    assert (config.num_prefix_tokens, config.num_tokens) == (3, 19)
-    assert replace(config, classifier="token").num_prefix_tokens == 4
-    assert model.position_embedding is not None
-    assert model.position_embedding.shape == (1, 16, 32)
-    encoded = model.forward_encoder(model.embed(images()))
-    torch.testing.assert_close(model.forward_head(encoded), model.head(encoded[:, 3:].mean(1)))
-    logits = model(images())
-    assert model.registers is not None
-    nn.init.zeros_(model.registers)
-    assert (model(images()) - logits).abs().max() > 1e-2
-    both = build({"registers": 3})
-    assert torch.equal(both.embed(images())[:, 1:4], both.registers.expand(3, -1, -1))  # type: ignore[union-attr]
-
-
-def test_normalised_queries_and_keys_bound_the_scores() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 7, 32) * 1e3
-    for qk_norm in (True, False):
-        q, k, _ = Attention(32, 4, qk_norm).project(x)
-        largest = (q @ k.mT / math.sqrt(8)).abs().max()
-        assert (largest <= math.sqrt(8) + 1e-4) == qk_norm
-    names = set(dict(build({"qk_norm": True}).named_parameters())) - set(dict(build({}).named_parameters()))
-    assert names == {f"blocks.{n}.attention.{part}_norm.weight" for n in (0, 1) for part in "qk"}
-
-
 def test_layer_scale_begins_at_its_value_and_multiplies_the_residuals() -> None:
     torch.manual_seed(0)
     model = VisionTransformer(replace(SMALL, layer_scale=0.25))
@@ -389,9 +299,9 @@ def test_layer_scale_begins_at_its_value_and_multiplies_the_residuals() -> None:
 
 def test_initial_weights_are_of_the_scale_of_the_plain_models() -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(replace(SMALL, hidden_size=256, registers=8, stem="convolutions"))
+    model = VisionTransformer(replace(SMALL, hidden_size=256, stem="convolutions"))
     state = model.state_dict()
-    assert state["registers"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert state["position_embedding"].std().item() == pytest.approx(0.02, rel=0.05)
     for name, fan_in in (("layers.0", 27), ("layers.3", 9 * 128), ("projection", 256)):  # LeCun normal, as patches have
         weight = state[f"patch_embedding.{name}.weight"]
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
@@ -426,15 +336,16 @@ def test_stochastic_depth_leaves_out_whole_residuals_at_a_rising_rate() -> None:
 
 def test_patch_dropout_shortens_the_sequence_and_keeps_what_is_in_front() -> None:
     torch.manual_seed(0)
-    config = replace(SMALL, registers=2, patch_dropout=0.4)
-    tokens = torch.randn(50, 3 + 16, 32)
-    left, places = drop_patches(tokens, config)
-    assert left.shape == (50, 3 + 10, 32)
-    assert torch.equal(left[:, :3], tokens[:, :3])
-    numbers = 4 * places[..., 0] + places[..., 1]
+    config = replace(SMALL, patch_dropout=0.4)
+    tokens = torch.randn(50, 1 + 16, 32)
+    left = drop_patches(tokens, config)
+    assert left.shape == (50, 1 + 10, 32)
+    assert torch.equal(left[:, 0], tokens[:, 0])
+    same = (left[:, 1:, None] == tokens[:, None, 1:]).all(-1)  # (50, 10, 16)
+    assert (same.sum(2) == 1).all()
+    numbers = same.int().argmax(2)
     for image in range(50):
         assert len(numbers[image].unique()) == 10
-        assert torch.equal(left[image, 3:], tokens[image, 3 + numbers[image]])
     shares = torch.bincount(numbers.flatten(), minlength=16) / 50  # of the images that each patch is left in
     assert shares.min() > 0.35
     assert shares.max() < 0.9

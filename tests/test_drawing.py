@@ -63,15 +63,14 @@ def test_a_hybrid_cuts_up_the_feature_map_and_not_the_image(tmp_path: Path) -> N
 
 def test_what_later_papers_add_is_drawn() -> None:
     config = ViTConfig(
-        16, 4, 24, 48, 3, 2, 5, representation_size=8, positions="rotary", stem="convolutions", registers=2,
-        qk_norm=True, layer_scale=0.1, stem_units=3,
+        16, 4, 24, 48, 3, 2, 5, representation_size=8, stem="convolutions", stem_units=3, layer_scale=0.1,
     )  # fmt: skip
     with torch.device("meta"):
         model = VisionTransformer(config)
     text = text_of(draw(model, "a <model> & more", ("cat", "dog & mouse")))
-    for said in ("a <model> & more", "class: cat, dog & mouse", "R 2 learnt registers", "Layer with tanh",
+    for said in ("a <model> & more", "class: cat, dog & mouse", "Layer with tanh",
                  "× scale: 24", "Convolutions and linear projection",
-                 "3 → 12 → 3 units → 24 → 24: ", "keys normalised, turned by position"):  # fmt: skip
+                 "3 → 12 → 3 units → 24 → 24: "):  # fmt: skip
         assert said in text
     with torch.device("meta"):
         model = VisionTransformer(replace(config, stem_units=0))

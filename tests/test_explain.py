@@ -48,7 +48,6 @@ def numpy_rollout(model: VisionTransformer, image: Array) -> Array:
     token = config.classifier == "token"
     positions = w["position_embedding"][0]
     front = [w["class_token"][0] + positions[:1]] if token else []
-    front += [w["registers"][0]] if config.registers else []
     x = np.concatenate([*front, patches + positions[int(token) :]])
     joint = np.eye(len(x))
     for layer in range(config.num_layers):
@@ -140,7 +139,7 @@ def test_the_patch_that_decides_is_found(classifier: Classifier) -> None:
 
 
 def test_attention_and_what_heads_read() -> None:
-    for config in (SMALL, replace(SMALL, classifier="gap", registers=1)):
+    for config in (SMALL, replace(SMALL, classifier="gap")):
         model, images = model_of(config).train(), images_of(config)
         model.blocks[1].eval()  # frozen, say
         before = [module.training for module in model.modules()]
@@ -199,7 +198,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attention_distance_is_the_mean_of_all_distances() -> None:
-    config = replace(SMALL, image_size=8, patch_size=2, registers=1)
+    config = replace(SMALL, image_size=8, patch_size=2)
     model, images = model_of(config), images_of(config, 2)
     weights = vitrail.attention(model, images)
     expected = np.zeros((2, 3))
@@ -208,7 +207,7 @@ def test_attention_distance_is_the_mean_of_all_distances() -> None:
             rows = []
             for image in range(2):
                 for query in range(16):
-                    to = weights[layer][image, head, 2 + query, 2:].double().numpy()
+                    to = weights[layer][image, head, 1 + query, 1:].double().numpy()
                     far = [2 * np.hypot(query // 4 - key // 4, query % 4 - key % 4) for key in range(16)]
                     rows.append(np.average(far, weights=to))
             expected[layer, head] = np.mean(rows)
@@ -240,9 +239,8 @@ def test_filters_as_images_without_colour_have_them() -> None:
 
 
 def test_similarities_are_cosines() -> None:
-    for config in (SMALL, replace(SMALL, classifier="gap"), replace(SMALL, registers=3)):
+    for config in (SMALL, replace(SMALL, classifier="gap")):
         model = model_of(config)
-        assert model.position_embedding is not None
         own = model.position_embedding.detach()[0, -16:]
         found = explain.position_similarity(model)
         expected = own[6] @ own[13] / own[6].norm() / own[13].norm()
@@ -256,8 +254,6 @@ def test_what_a_model_lacks_is_said() -> None:
         with pytest.raises(BadInput, match=f"makes tokens by {words}, and has no filters"):
             explain.embedding_filters(VisionTransformer(config))
     assert explain.position_similarity(VisionTransformer(convolutions)).shape == (4, 4, 4, 4)
-    with pytest.raises(BadInput, match="positions are rotary"):
-        explain.position_similarity(VisionTransformer(replace(SMALL, positions="rotary")))
     model, images = model_of(SMALL), images_of(SMALL)
     cnn: Any = ResNetClassifier(ResNetConfig(32, 3, 32, (1,)))
     for ask in (vitrail.attention, explain.rollout, explain.gradient_rollout, explain.read_by_heads,

@@ -151,13 +151,12 @@ def test_data_of_other_classes_and_images_of_another_size(
 
 
 def test_a_model_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = vitrail.pretrain("digits", output=tmp_path / "run", objective="patches", positions="rotary", **TINY).run
+    run = vitrail.pretrain("digits", output=tmp_path / "run", objective="patches", **TINY).run
     assert main(["explain", str(run)]) == 0
     page = Page(run / "explain" / "explain.html")
     assert "It has not learnt classes" in page.text
     assert "what speaks for" not in page.text
-    assert "None: the model's positions are rotary" in page.text
-    assert len(page.values("img", "src")) == 8 * 3 + 1
+    assert len(page.values("img", "src")) == 8 * 3 + 3
     assert main(["explain", str(run), "--class", "7"]) == 2
     assert "run has learnt no classes; leave out --class 7." in capsys.readouterr().err
 

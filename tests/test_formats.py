@@ -61,9 +61,9 @@ def test_timm_comes_to_the_same_sizes_though_it_rounds_down() -> None:
     [
         ("transformers", {"classifier": "gap"}, "classifier = gap",
          "--to timm has it; a model that was trained with classifier = token can go to transformers."),
-        ("transformers", {"classifier": "gap", "registers": 4, "positions": "rotary"},
-         "classifier = gap, positions = rotary, registers = 4, and timm has none either",
-         "A model that was trained with classifier = token, positions = learnt, registers = 0 can go to transformers."),
+        ("transformers", {"classifier": "gap", "layer_scale": 0.1, "stem": "convolutions"},
+         "classifier = gap, stem = convolutions, layer_scale = 0.1, and timm has none either",
+         "A model that was trained with classifier = token, stem = patch, layer_scale = none can go to transformers."),
         ("timm", {"representation_size": 8, "layer_scale": 0.1},
          "representation_size = 8, layer_scale = 0.1, and transformers has none either",
          "A model that was trained with representation_size = none, layer_scale = none can go to timm."),

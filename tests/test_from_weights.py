@@ -200,7 +200,7 @@ def test_runs_from_different_weights_are_not_seeds_of_one(trained: Path, tuned: 
         ({"hidden_size": 64}, "hidden_size is 64, and with the weights of .* it is 32; leave --hidden-size out"),
         ({"patch_size": 8}, "patch_size is 8, .* it is 4; leave --patch-size out"),
         ({"classifier": "token"}, "classifier is token, .* it is gap"),
-        ({"qk_norm": True}, "qk_norm is True, .* it is False"),
+        ({"layer_scale": 0.1}, "layer_scale is 0.1, .* it is None"),
         ({"representation_size": 64}, "representation_size is 64, .* it is None"),
         ({"architecture": "resnet-18"}, "a resnet-18 begins with random weights here"),
         ({"initial_weights": "torch"}, "initial_weights is of weights that are drawn, .*leave --initial-weights out"),

@@ -57,7 +57,7 @@ def kept(config: ViTConfig, *, images: int = 4, checkpointed: bool = False, bf16
         replace(GAP, classifier="token"),
         replace(GAP, image_size=72),  # 324 tokens, for which attention is not written down
         replace(GAP, dropout=0.1),
-        replace(GAP, layer_scale=0.1, qk_norm=True),
+        replace(GAP, layer_scale=0.1),
         replace(GAP, num_layers=12, num_heads=8),
         replace(GAP, num_layers=1, stem="convolutions"),
         replace(GAP, num_layers=1, stem="convolutions", stem_units=4),

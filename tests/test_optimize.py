@@ -17,7 +17,7 @@ from vitrail.vit.config import ViTConfig
 from vitrail.vit.model import VisionTransformer
 
 CONFIG = ViTConfig(image_size=8, patch_size=4, hidden_size=8, mlp_dim=16, num_heads=2, num_layers=1, num_classes=3)
-MODEL = VisionTransformer(replace(CONFIG, registers=2, qk_norm=True, layer_scale=0.1))
+MODEL = VisionTransformer(replace(CONFIG, layer_scale=0.1))
 NAMES = {id(weight): name for name, weight in MODEL.named_parameters()}
 
 

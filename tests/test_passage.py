@@ -26,10 +26,10 @@ def test_a_passage_is_the_forward_pass(config: ViTConfig) -> None:
     with passage.as_used(model):
         through = passage.Passage(model, images)
         torch.testing.assert_close(through.logits(), model(images))
-        for _, block, tokens, rotation in through.layers:
-            after, (q, k, v), taken = passage.explicit(block, tokens, rotation)
-            weights = block.attention.weights(block.attention_norm(tokens), rotation)
-            torch.testing.assert_close(after, block(tokens, rotation=rotation))
+        for _, block, tokens in through.layers:
+            after, (q, k, v), taken = passage.explicit(block, tokens)
+            weights = block.attention.weights(block.attention_norm(tokens))
+            torch.testing.assert_close(after, block(tokens))
             torch.testing.assert_close(Attention.softmax(q, k), weights)
             torch.testing.assert_close(taken, weights @ v)
     for layer, weights in vitrail.attention(model, images).items():

@@ -123,13 +123,12 @@ def test_masks_are_of_the_seed_and_the_step() -> None:
 # What the model has of it
 
 
-@pytest.mark.parametrize("positions", ["learnt", "rotary"])
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_with_nothing_hidden_the_encoder_is_the_plain_model(
-    objective: Objective, classifier: Any, positions: Any, images: Tensor
+    objective: Objective, classifier: Any, images: Tensor
 ) -> None:
-    recipe = small(objective, classifier=classifier, positions=positions, registers=2)
+    recipe = small(objective, classifier=classifier)
     model = trainee(recipe)
     plain = build_model(replace(recipe, objective="classes"), 10)
     assert isinstance(plain, VisionTransformer)

@@ -162,7 +162,7 @@ def test_shapes_that_cannot_be(shape: dict[str, Any], says: str) -> None:
     [
         ("resnet-18", {"patch_size": 4}, "patch_size does nothing unless architecture is vit"),
         ("resnet-18", {"num_layers": 4}, "num_layers does nothing unless architecture is vit"),
-        ("resnet-18", {"layer_scale": 0.1, "positions": "rotary"}, "set positions = learnt, layer_scale = none"),
+        ("resnet-18", {"layer_scale": 0.1, "stem": "convolutions"}, "set stem = patch, layer_scale = none"),
         ("vit-12", {"resnet_width": 32}, "resnet_width does nothing unless architecture is resnet-18"),
         ("vit-12", {"architecture": "resnet-18"}, "no dropout, initial_weights; leave it out, or set dropout = 0.0"),
         (

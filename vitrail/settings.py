@@ -35,10 +35,10 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # The Vision Transformer's sizes, which a ResNet does not read, and what that cannot have beside them.
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers", "classifier")
 # What weights decide where a run begins with some, beside what it sets back to the defaults (transfer.py).
-OF_WEIGHTS = (*SIZES, "gelu", "positions", "stem", "stem_units", "registers", "qk_norm", "layer_scale")
+OF_WEIGHTS = (*SIZES, "gelu", "stem", "stem_units", "layer_scale")
 TRANSFORMER_ONLY = (
-    "representation_size", "dropout", "gelu", "positions", "stem", "stem_units", "stem_rate", "registers", "qk_norm",
-    "layer_scale", "initial_weights", "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
+    "representation_size", "dropout", "gelu", "stem", "stem_units", "stem_rate", "layer_scale", "initial_weights",
+    "zero_residual", "stochastic_depth", "patch_dropout", "layer_decay", "objective",
 )  # fmt: skip
 
 # What a stem of convolutions has, and what a model without one has instead.
@@ -62,6 +62,9 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     *((name, lambda recipe: recipe.architecture == "vit", "architecture is vit") for name in SIZES),
 )
 
+# Settings from before the first release that are no more, and the one value of theirs that can still be meant.
+GONE: dict[str, Any] = {"positions": "learnt", "registers": 0, "qk_norm": False}
+
 # What pre-training has no use for, or cannot have; what a recipe for classes has of it is set back to these.
 CLASSES_ONLY: dict[str, Any] = {
     "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "layer_decay": 1.0, "patch_dropout": 0.0, "stem": "patch",
@@ -73,7 +76,6 @@ Tracking = Literal["wandb", "mlflow"]  # no setting of a recipe: where figures g
 # Of the model's shape; `ViTConfig` has them too.
 Classifier = Literal["token", "gap"]
 Gelu = Literal["tanh", "exact"]
-Positions = Literal["learnt", "sincos", "rotary"]
 Stem = Literal["patch", "convolutions"]
 
 
@@ -131,15 +133,10 @@ class Recipe:
     resnet_width: int = setting(64, "of resnet-18: channels of its first stage, a multiple of 32; the last has 8 times")
     dropout: float = setting(0.0, "share of activations dropped")
     gelu: Gelu = setting("tanh", "the official code's approximation, or exact: on a CPU, faster")
-    # What later papers add: 2205.01580 and 2403.13298 (positions), 2106.14881 (stem), 2309.16588 (registers),
-    # 2302.05442 (qk_norm), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220 (patch_dropout)
-    positions: Positions = setting(
-        "learnt", "learnt embeddings, fixed sines and cosines, or queries and keys rotated by row and column"
-    )
+    # What later papers add: 2106.14881 (stem), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220
+    # (patch_dropout)
     stem: Stem = setting("patch", "one projection of each patch, or convolutions of stride 2 down to it")
     stem_units: int = setting(0, "residual convolutions of stride 1 in that stem, in front of its last convolution")
-    registers: int = setting(0, "extra tokens that no patch stands behind, and that the head does not read")
-    qk_norm: bool = setting(False, "normalise each head's queries and keys")
     layer_scale: float | None = setting(None, "learn a scale of each channel of a residual, which begins at this")
     initial_weights: Literal["official", "torch"] = setting(
         "official", "as in the official code, or as torch draws them: smaller, and the head not zero"

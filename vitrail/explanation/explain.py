@@ -30,7 +30,7 @@ def attention(
     model: nn.Module, images: Float[Tensor, "B 3 S S"], layers: int | Collection[int] | None = None
 ) -> dict[int, Float[Tensor, "B H T T"]]:
     """Attention weights by layer (from 0), of the layers asked for, or of all: how much each token (row) takes from
-    each other (column), equation 6. Each row adds up to 1; the class token and registers come before the patches.
+    each other (column), equation 6. Each row adds up to 1; the class token comes before the patches.
 
     Args:
         model: any Vision Transformer; it is left as it was, in training mode too.
@@ -56,7 +56,7 @@ def rollout(model: nn.Module, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor,
     residual counts as much as they do, and the layers are multiplied: R_l = (A_l + I) / 2 · R_(l - 1).
 
     That is the class token's row of R_L, or the mean of the rows of all patches where the head reads these; what it has
-    of the class token and registers is left out, so that a map adds up to less than 1.
+    of the class token is left out, so that a map adds up to less than 1.
 
     Raises:
         BadInput: the images are of another shape than the model's, or it is a ResNet.
@@ -116,7 +116,7 @@ def read_by_heads(
 def attention_distance(model: nn.Module, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "L H"]:
     """How far each head looks (figure 7 on the right, appendix D.7): the distance in pixels between the middles of a
     patch and of the patches that it attends to, weighted by that attention, mean over all patches of all images. What
-    goes to the class token or registers is nowhere, and counts for nothing.
+    goes to the class token is nowhere, and counts for nothing.
 
     Raises:
         BadInput: the images are of another shape than the model's, or it is a ResNet.
@@ -156,13 +156,10 @@ def position_similarity(model: nn.Module) -> Float[Tensor, "g g g g"]:
     middle).
 
     Raises:
-        BadInput: the model has learnt none, or is a ResNet.
+        BadInput: the model is a ResNet.
     """
     vit = check_kind(model)
-    if vit.position_embedding is None:
-        kind = vit.config.positions
-        raise BadInput(f"the model's positions are {kind}, the same in every such model: it has learnt none.")
-    side, prefix = vit.config.grid, int(vit.config.classifier == "token")
+    side, prefix = vit.config.grid, vit.config.num_prefix_tokens
     embeddings = F.normalize(vit.position_embedding.detach()[0, prefix:].float(), dim=-1)
     return (embeddings @ embeddings.T).unflatten(0, (side, side)).unflatten(2, (side, side))
 

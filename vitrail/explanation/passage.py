@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from vitrail.errors import BadInput
 from vitrail.vit.model import Attention, TransformerEncoderBlock, VisionTransformer
-from vitrail.vit.positions import Rotation, grid
+from vitrail.vit.positions import grid
 
 PART = 1 << 25  # activations that are computed at once: 128 MB, of which some two or three are needed
 
-Layer = tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"], Rotation | None]  # as `each_block` gives it
+Layer = tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"]]  # as `each_block` gives it
 
 
 class Passage:
@@ -46,8 +46,8 @@ class Passage:
     @cached_property
     def encoded(self) -> Float[Tensor, "B T D"]:
         """z_L, which the last layer gives."""
-        _, block, tokens, rotation = self.layers[-1]
-        encoded: Tensor = block(tokens, rotation=rotation)
+        _, block, tokens = self.layers[-1]
+        encoded: Tensor = block(tokens)
         return encoded
 
     def logits(self) -> Float[Tensor, "B C"]:
@@ -115,11 +115,11 @@ class Passage:
 
 
 def explicit(
-    block: TransformerEncoderBlock, x: Float[Tensor, "B T D"], rotation: Rotation | None
+    block: TransformerEncoderBlock, x: Float[Tensor, "B T D"]
 ) -> tuple[Float[Tensor, "B T D"], tuple[Float[Tensor, "B H T K"], ...], Float[Tensor, "B H T K"]]:
     """What a block makes of its tokens, equations 2 and 3 without dropout, and on the way there the queries, keys and
     values, and what the heads take of the values: A v, with the weights A of which fused attention says nothing."""
-    q, k, v = block.attention.project(block.attention_norm(x), rotation=rotation)
+    q, k, v = block.attention.project(block.attention_norm(x))
     taken = F.scaled_dot_product_attention(q, k, v)
     x = x + block.attention_scale(block.attention.out(taken.transpose(1, 2).flatten(2)))
     return x + block.mlp_scale(block.mlp(block.mlp_norm(x))), (q, k, v), taken
@@ -130,10 +130,10 @@ def _back(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T D"]]:
     """A row of R and the gradient, followed back from what leaves a layer to what enters it (2103.15679). The gradient
     by the weights A comes from that by A v: dy / dA = dy / d(A v) · vᵀ."""
-    _, block, tokens, rotation = layer
+    _, block, tokens = layer
     with torch.enable_grad():
         before = tokens.detach().requires_grad_()
-        after, projected, taken = explicit(block, before, rotation)
+        after, projected, taken = explicit(block, before)
         by_taken, gradient = torch.autograd.grad(after, (taken, before), gradient)
     q, k, v = (each.detach() for each in projected)
     relevant = torch.zeros_like(row)
@@ -145,8 +145,8 @@ def _back(
 
 
 def _queries_and_keys(layer: Layer) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B H T K"]]:
-    _, block, tokens, rotation = layer
-    q, k, _ = block.attention.project(block.attention_norm(tokens), rotation=rotation)
+    _, block, tokens = layer
+    q, k, _ = block.attention.project(block.attention_norm(tokens))
     return q, k
 
 

@@ -43,8 +43,8 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
     A block keeps for its gradient 8 T D numbers (what its two norms read, and the layers behind these; queries, keys
     and values; what attention gives), 2 T F (the MLP's hidden layer, before and after its GELU) and, where attention is
     written down, which it is up to 256 tokens, H T². Dropout adds masks of 2 T D + T F, layer_scale the 2 T D that it
-    scales, qk_norm 5 T D. A last block that is asked for the class token alone keeps 4 T D: what its norm reads and
-    gives, keys and values. With checkpoint_activations, each block keeps the T D that enter it, and one at a time all.
+    scales. A last block that is asked for the class token alone keeps 4 T D: what its norm reads and gives, keys and
+    values. With checkpoint_activations, each block keeps the T D that enter it, and one at a time all.
 
     Beside that, there are gradients of one block: of the hidden layer, 2 T F, or of attention, 2 H T². And there are
     the 3 S² numbers of the image, in `COPIES`.
@@ -58,7 +58,7 @@ def activation_bytes(config: ViTConfig, recipe: Recipe) -> int:
     attention = config.num_heads * tokens**2 if tokens <= PLAIN_ATTENTION_TOKENS else 0
     numbers = 6 * tokens * width + 2 * tokens * hidden + attention
     numbers += (2 * tokens * width + tokens * hidden) * (config.dropout > 0)
-    numbers += 2 * tokens * width * (config.layer_scale is not None) + 5 * tokens * width * config.qk_norm
+    numbers += 2 * tokens * width * (config.layer_scale is not None)
     block, layers = small * numbers + 4 * 2 * tokens * width, config.num_layers
     if recipe.checkpoint_activations:
         kept = layers * 4 * tokens * width + block

@@ -141,7 +141,7 @@ def draw_patches(sheet: Sheet, model: VisionTransformer, image: NDArray[np.uint8
         sheet.thin(left, top + at, left + side, top + at, PAPER)
     sheet.text(left + side / 2, 848, f"image: {size} × {size} × 3", 15, colour=SOFT)
     shown = shown_patches(grid)
-    spacing = min((RIGHT - LEFT) / (len(shown) + 1 + bool(config.registers)), 90)
+    spacing = min((RIGHT - LEFT) / (len(shown) + 1), 90)
     columns = [(patch, RIGHT - spacing * (len(shown) - place - 0.5)) for place, patch in enumerate(shown)]
     upper, cell = 774, config.cell
     for patch, x in columns:
@@ -193,40 +193,26 @@ def draw_projection(sheet: Sheet, model: VisionTransformer) -> None:
 
 def draw_tokens(sheet: Sheet, model: VisionTransformer, columns: Sequence[tuple[int | None, float]]) -> None:
     """The row of tokens that enters the encoder, each with its number, in front of which stands what is learnt."""
-    top, height, config = TOKENS, 48, model.config
+    top, height = TOKENS, 48
     spacing = columns[1][1] - columns[0][1] if len(columns) > 1 else 90
-    # What stands in front: its sign, and where; None for the number of a token that has no position of its own.
-    tokens: list[tuple[str, int | None, float]] = []
-    if model.registers is not None:
-        tokens.append(("R", None, columns[0][1] - spacing))
-    if model.class_token is not None:
-        # Fixed positions are those of the patches alone.
-        number = 0 if config.positions == "learnt" else None
-        tokens.append(("*", number, columns[0][1] - spacing * (1 + len(tokens))))
-    front = int(model.class_token is not None)
+    tokens = [("*", 0, columns[0][1] - spacing)] if model.class_token is not None else []
+    front = len(tokens)
     tokens += [("", patch + front, x) for patch, x in columns if patch is not None]
-    numbered = config.positions != "rotary"
     for sign, place, x in tokens:
         sheet.box(x - 2, top, 26, height, ROSE, 7)
         sheet.text(x + 11, top + height / 2, sign, 20, bold=True)
-        if numbered and place is not None:
-            sheet.box(x - 24, top + 5, 26, height - 10, VIOLET, 13)
-            sheet.text(x - 11, top + height / 2, f"{place}", 15 if place < 100 else 12 if place < 1000 else 9)
+        sheet.box(x - 24, top + 5, 26, height - 10, VIOLET, 13)
+        sheet.text(x - 11, top + height / 2, f"{place}", 15 if place < 100 else 12 if place < 1000 else 9)
         sheet.line((x, top - 4), (x, 554))
         if not sign:
             sheet.line((x, 676), (x, top + height + 6))
     for patch, x in columns:
         if patch is None:
             sheet.text(x, top + height / 2, "…", 26)
-    learnt = model.position_embedding
-    words = {"learnt": "Patch + position", "sincos": "Patch + fixed", "rotary": "Patch"}[config.positions]
-    lines = [(words, True), ("embedding" if config.positions != "sincos" else "position embedding", True)]
-    if learnt is not None:
-        lines.append((f"positions: {learnt.shape[1]:,} × {learnt.shape[2]:,}", False))
+    _, many, width = model.position_embedding.shape
+    lines = [("Patch + position", True), ("embedding", True), (f"positions: {many:,} × {width:,}", False)]
     if model.class_token is not None:
         lines.append(("* learnt class token", False))
-    if model.registers is not None:
-        lines.append((f"R {config.registers} learnt registers", False))
     for line, (text, bold) in enumerate(lines):
         y = top + height - 2 - 21 * (len(lines) - 1 - line)
         sheet.text(60, y, text, 17 if bold else 14, "start", colour=INK if bold else SOFT, bold=bold)
@@ -258,8 +244,7 @@ def draw_head(
     out, into = model.head.weight.shape
     spacing = columns[1][1] - columns[0][1] if len(columns) > 1 else 90
     reads_token = model.class_token is not None
-    before = 1 + (model.registers is not None)
-    x = columns[0][1] - spacing * before if reads_token else (columns[0][1] + columns[-1][1]) / 2
+    x = columns[0][1] - spacing if reads_token else (columns[0][1] + columns[-1][1]) / 2
     top = encoder - 4
     if not reads_token:
         for patch, at in columns:
@@ -297,7 +282,7 @@ def draw_block(sheet: Sheet, model: VisionTransformer) -> None:
     sheet.text(middle, 848, f"{model.config.num_tokens:,} tokens of {model.config.hidden_size:,}", 15, colour=SOFT)
     x = middle - width / 2
     below: float = bottom + 30
-    attention = attention_said(block.attention, rotary=model.config.positions == "rotary")
+    attention = attention_said(block.attention)
     halves: list[tuple[nn.Module, str, str, list[str], Sequence[str]]] = [
         (block.attention_scale, GREEN, "Multi-head attention", attention, "vkq"),
         (block.mlp_scale, BLUE, "MLP", mlp_said(block.mlp), " "),
@@ -325,17 +310,11 @@ def draw_block(sheet: Sheet, model: VisionTransformer) -> None:
     sheet.line((middle, below), (middle, top - 26))
 
 
-def attention_said(attention: Attention, rotary: bool) -> list[str]:
+def attention_said(attention: Attention) -> list[str]:
     """The numbers of an attention layer."""
     three, width = attention.qkv.weight.shape
-    said = [
-        f"{counted(attention.num_heads, 'head')} of {width // attention.num_heads}, {width:,} → 3 × {three // 3:,} "
-        f"→ {width:,}"
-    ]
-    done = ["normalised"] * (attention.q_norm is not None) + ["turned by position"] * rotary
-    if done:
-        said.append(f"queries and keys {', '.join(done)}")
-    return [*said, f"{count(attention):,} parameters"]
+    heads = f"{counted(attention.num_heads, 'head')} of {width // attention.num_heads}"
+    return [f"{heads}, {width:,} → 3 × {three // 3:,} → {width:,}", f"{count(attention):,} parameters"]
 
 
 def mlp_said(mlp: MLP) -> list[str]:

@@ -5,14 +5,13 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from vitrail.errors import BadInput
 from vitrail.evaluation.evaluate import pick_device
@@ -34,6 +33,7 @@ from vitrail.pages import panes
 from vitrail.pages.pictures import Thumbnail, Tick, nice_ticks, percent
 from vitrail.pages.report import fill
 from vitrail.progress import say
+from vitrail.vit.model import VisionTransformer
 from vitrail.weights.files import write, write_text
 from vitrail.weights.load import is_run
 
@@ -160,8 +160,7 @@ def page(
     """The page as HTML."""
     config = explained.model.config
     grey = all((each.pixels == each.pixels[:, :, :1]).all() for each in looks)
-    filters, no_filters = _or_why(lambda: explain.embedding_filters(explained.model, grey=grey))
-    similar, no_similar = _or_why(lambda: explain.position_similarity(explained.model))
+    filters, no_filters = _filters(explained.model, grey)
     return fill(
         "explain.html", mark=f'<meta name="generator" content="{MARK}">', name=explained.name, where=where,
         config=config, made_for=explained.made_for, classes=explained.classes, told=explained.told, grey=grey,
@@ -170,8 +169,7 @@ def page(
             _shown(each, title, file, len(looks))
             for each, title, file in zip(looks, titles, shared, strict=True)
         ],
-        filters=_filters(filters) if filters is not None else None, no_filters=no_filters,
-        similar=_similarities(similar) if similar is not None else None, no_similar=no_similar,
+        filters=filters, no_filters=no_filters, similar=_similarities(explained.model),
         distance=_distances(distances),
     )  # fmt: skip
 
@@ -196,22 +194,20 @@ def _shown(one: Look, title: str, file: str, images: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _or_why(find: Callable[[], Tensor]) -> tuple[NDArray[np.float32] | None, str]:
-    """What is there, or a sentence that says why there is none."""
+def _filters(model: VisionTransformer, grey: bool) -> tuple[Thumbnail | None, str]:
+    """What the model sees in a patch, or a sentence that says why that cannot be drawn."""
     try:
-        return numbers(find()), ""
+        components = numbers(explain.embedding_filters(model, grey=grey))
     except BadInput as error:
         return None, str(error)
-
-
-def _filters(components: NDArray[np.float32]) -> Thumbnail:
     cells = [panes.enlarge(panes.signed(each), 48) for each in components]
-    return panes.embed(panes.window(cells, min(7, len(cells))), exact=True)
+    return panes.embed(panes.window(cells, min(7, len(cells))), exact=True), ""
 
 
-def _similarities(values: NDArray[np.float32]) -> dict[str, Any]:
+def _similarities(model: VisionTransformer) -> dict[str, Any]:
     """A window of windows: in the place of each patch, how like its position is to all. A position is wholly like
     itself, which is left out of the range of colours."""
+    values = numbers(explain.position_similarity(model))
     side = len(values)
     others = values.reshape(side**2, side**2)[~np.eye(side**2, dtype=bool)] if side > 1 else values.ravel()
     low, high = float(others.min()), float(others.max())

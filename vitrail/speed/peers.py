@@ -20,7 +20,7 @@ from torch import Tensor, library, nn
 
 from vitrail.errors import BadInput
 from vitrail.vit.config import ViTConfig
-from vitrail.vit.model import LAYER_NORM_EPS, VisionTransformer
+from vitrail.vit.model import VisionTransformer
 
 MODULES = {"timm": "timm", "vit-pytorch": "vit_pytorch", "transformers": "transformers", "torchvision": "torchvision"}
 SHIFT = 6  # pixels either way, and degrees either way: how ImageFolder's images, and ours beside them, are augmented
@@ -116,7 +116,7 @@ def build_transformers(config: ViTConfig) -> nn.Module:
     shape = Config(
         image_size=config.image_size, patch_size=config.patch_size, num_labels=config.num_classes,
         hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        intermediate_size=config.mlp_dim, hidden_act="gelu_pytorch_tanh", layer_norm_eps=LAYER_NORM_EPS,
+        intermediate_size=config.mlp_dim, hidden_act="gelu_pytorch_tanh", layer_norm_eps=config.layer_norm_eps,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return with_official_details(Logits(ViTForImageClassification(shape)))
@@ -151,7 +151,7 @@ def with_official_details(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.GELU):
             module.approximate = "tanh"
         elif isinstance(module, nn.LayerNorm):
-            module.eps = LAYER_NORM_EPS
+            module.eps = ViTConfig.layer_norm_eps
     return model
 
 

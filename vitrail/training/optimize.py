@@ -11,7 +11,7 @@ from torch import nn
 from vitrail.settings import Recipe
 from vitrail.training.muon import Muon
 
-EMBEDDINGS = ("class_token", "registers", "position_embedding", "mask_embedding")
+EMBEDDINGS = ("class_token", "position_embedding", "mask_embedding")
 
 # What the encoder consists of: blocks, and what stands before them in a ResNet, or as a stem.
 BLOCKS = ("blocks.", "patch_embedding.layers.", "resnet.stages.", "decoder_blocks.")

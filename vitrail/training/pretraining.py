@@ -147,9 +147,8 @@ class MaskedAutoencoder(Pretraining):
     pixels of the masked ones. The loss is the mean squared error of pixels that are normalised in each patch: less
     their mean, over their standard deviation.
 
-    What differs from its code: the class token has no part in it where the head reads the mean of the patches, other
-    tokens in front of the patches go to the decoder too, the encoder has the recipe's positions, learnt unless it says
-    otherwise, and is in all else the model that is trained afterwards: its GELU, its initial weights.
+    What differs from its code: the class token has no part in it where the head reads the mean of the patches, and
+    the encoder is the model that is trained afterwards: its learnt positions, its GELU, its initial weights.
     """
 
     def __init__(self, encoder: VisionTransformer, recipe: Recipe) -> None:
@@ -193,8 +192,8 @@ class MaskedAutoencoder(Pretraining):
 
     def encode(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B T D"]:
         """The encoder's output for what stands in front of the patches, and for the visible ones."""
-        tokens, places = keep_patches(self.encoder.embed(images), masks.visible, self.encoder.config)
-        return self.encoder.forward_encoder(tokens, None, places)
+        tokens = keep_patches(self.encoder.embed(images), masks.visible, self.encoder.config)
+        return self.encoder.forward_encoder(tokens)
 
     def reconstruct(self, images: Float[Tensor, "B 3 S S"], masks: Masks) -> Float[Tensor, "B M pixels"]:
         """What was predicted, with the mean and the deviation of the true patches, which are not."""

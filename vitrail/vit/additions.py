@@ -1,5 +1,5 @@
-"""What later papers add to the Vision Transformer; each is off until the config, or the recipe, asks for it. Positions
-are in `positions.py`; QK-norm and registers take a few lines of `model.py` itself.
+"""What later papers add to the Vision Transformer, and recipes for few images take; each is off until the config, or
+the recipe, asks for it.
 
     B batch    T tokens    N patches    D hidden_size    W channels of a feature map    h, w its sides
 """
@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.vit.config import ViTConfig
-from vitrail.vit.positions import grid
 from vitrail.vit.resnet import GROUP_NORM_EPS, GROUPS
 
 
@@ -77,23 +76,19 @@ class ResidualScale(nn.Module):
         return x if scale is None else x * scale
 
 
-def drop_patches(
-    tokens: Float[Tensor, "B T D"], config: ViTConfig
-) -> tuple[Float[Tensor, "B _ D"], Int[Tensor, "B _ 2"]]:
-    """Patch dropout (2208.07220): the tokens in front of the patches, and as many patches as the config leaves, drawn
-    for each image by itself; and the rows and columns of those."""
+def drop_patches(tokens: Float[Tensor, "B T D"], config: ViTConfig) -> Float[Tensor, "B _ D"]:
+    """Patch dropout (2208.07220): what stands in front of the patches, and as many patches as the config leaves, drawn
+    for each image by itself."""
     batch, count = len(tokens), tokens.shape[1] - config.num_prefix_tokens
     kept = torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, : config.kept_patches(count)]
     return keep_patches(tokens, kept, config)
 
 
-def keep_patches(
-    tokens: Float[Tensor, "B T D"], kept: Int[Tensor, "B _"], config: ViTConfig
-) -> tuple[Float[Tensor, "B _ D"], Int[Tensor, "B _ 2"]]:
-    """The tokens in front of the patches, and the patches of those numbers; and the rows and columns of these."""
+def keep_patches(tokens: Float[Tensor, "B T D"], kept: Int[Tensor, "B _"], config: ViTConfig) -> Float[Tensor, "B _ D"]:
+    """What stands in front of the patches, and the patches of those numbers."""
     front, device = config.num_prefix_tokens, tokens.device
     index = torch.cat([torch.arange(front, device=device).expand(len(tokens), -1), front + kept], dim=1)
-    return rows_of(tokens, index), grid(tokens.shape[1] - front, device)[kept]
+    return rows_of(tokens, index)
 
 
 def rows_of(x: Float[Tensor, "B T width"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M width"]:

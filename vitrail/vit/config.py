@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vitrail.errors import BadInput
-from vitrail.settings import Classifier, Positions, Stem
+from vitrail.settings import Classifier, Stem
 from vitrail.vit.resnet import MOST, stride
 
 MOST_LAYERS = 1000
@@ -14,7 +14,7 @@ Gelu = Literal["tanh", "exact"]
 Colours = tuple[float, float, float]  # red, green, blue
 
 # What later papers add to what the model computes; no other library's format says all of it.
-ADDITIONS = ("positions", "stem", "registers", "qk_norm", "layer_scale")
+ADDITIONS = ("stem", "layer_scale")
 
 # The official code's mean and standard deviation, of pixels from 0 to 1: they become -1…1.
 HALF: Colours = (0.5, 0.5, 0.5)
@@ -42,12 +42,9 @@ class ViTConfig:
     # As the official code has them; weights that were trained by other libraries need theirs.
     gelu: Gelu = "tanh"
     layer_norm_eps: float = 1e-6
-    # What later papers add (additions.py, positions.py); the last two are of training alone.
-    positions: Positions = "learnt"
+    # What later papers add (additions.py); the last two are of training alone.
     stem: Stem = "patch"
     stem_units: int = 0  # of a stem of convolutions
-    registers: int = 0
-    qk_norm: bool = False
     layer_scale: float | None = None  # what the scales are at first
     stochastic_depth: float = 0.0
     patch_dropout: float = 0.0
@@ -64,7 +61,7 @@ class ViTConfig:
                 raise BadInput(f"a model with {name} = {value} cannot be; it must be at least 1.")
             if value > MOST:  # a mistake, or a file that would have us take a terabyte
                 raise BadInput(f"a model with {name} = {value} cannot be; it must be at most {MOST:,}.")
-        for name, kind in (("classifier", Classifier), ("gelu", Gelu), ("positions", Positions), ("stem", Stem)):
+        for name, kind in (("classifier", Classifier), ("gelu", Gelu), ("stem", Stem)):
             if getattr(self, name) not in (choices := get_args(kind)):
                 raise BadInput(f"{name} is {shorten(getattr(self, name))}; it must be one of {', '.join(choices)}.")
         if not 0 < self.layer_norm_eps < 1:
@@ -96,20 +93,11 @@ class ViTConfig:
         self._check_additions()
 
     def _check_additions(self) -> None:
-        qk_norm: Any = self.qk_norm  # from a file, it may be anything
-        if not isinstance(qk_norm, bool):
-            raise BadInput(f"qk_norm is {shorten(qk_norm)}; it must be true or false.")
-        for name, most in (("registers", MOST), ("stem_units", MOST_LAYERS)):
-            value: Any = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value <= most:
-                raise BadInput(f"{name} is {shorten(value)}; it must be a whole number from 0 to {most:,}.")
+        units: Any = self.stem_units  # from a file, it may be anything
+        if not isinstance(units, int) or not 0 <= units <= MOST_LAYERS:
+            raise BadInput(f"stem_units is {shorten(units)}; it must be a whole number from 0 to {MOST_LAYERS:,}.")
         if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
             raise BadInput(f"layer_scale is {self.layer_scale}; it must be above 0, or left out.")
-        for positions, what, width in (
-            ("sincos", "a width", self.hidden_size), ("rotary", "heads", self.hidden_size // self.num_heads),
-        ):  # fmt: skip
-            if self.positions == positions and width % 4:
-                raise BadInput(f"{positions} positions need {what} of a multiple of 4 channels, not of {width}.")
         if self.stem == "convolutions":
             if self.resnet_blocks is not None:
                 raise BadInput("a hybrid's ResNet is a stem already; leave out stem = 'convolutions'.")
@@ -140,8 +128,8 @@ class ViTConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of those of the patches: the class token, where there is one, and the registers."""
-        return (self.classifier == "token") + self.registers
+        """Tokens in front of those of the patches: the class token, where there is one."""
+        return int(self.classifier == "token")
 
     @property
     def num_tokens(self) -> int:

@@ -8,8 +8,7 @@ Read it from the bottom up: `VisionTransformer` is the paper's section 3.1, each
 Where the paper's text, the official code and other implementations differ, this follows the official code: GELU by
 its tanh approximation, LayerNorm with an epsilon of 1e-6 (both unless the weights come from elsewhere), dropout after
 the position embeddings, after attention and after each layer of the MLP, and the initial weights of
-`VisionTransformer.initialise`. What later papers add is in `additions.py` and `positions.py`, and off unless the config
-asks for it.
+`VisionTransformer.initialise`. What later papers add is in `additions.py`, and off unless the config asks for it.
 """
 
 import math
@@ -18,7 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,10 +25,8 @@ from vitrail.errors import BadInput, wrong_shape
 from vitrail.vit.additions import ConvolutionalStem, ResidualScale, drop_patches
 from vitrail.vit.config import Gelu, ViTConfig
 from vitrail.vit.fused import attend, attends_by_products, gradients_may_be_custom, linear_gelu
-from vitrail.vit.positions import Rotation, apply_rotary, resize_position_embedding, rotary_positions, sincos_positions
+from vitrail.vit.positions import resize_position_embedding
 from vitrail.vit.resnet import ResNet, lecun_normal_, out_channels
-
-LAYER_NORM_EPS = ViTConfig.layer_norm_eps  # the official code's
 
 
 class Dropout(nn.Module):
@@ -81,38 +78,30 @@ class Attention(nn.Module):
     """Multi-head self-attention: equations 5 to 8 (appendix A), the MSA of equation 2.
 
     Query, key and value come from one matrix product; rows 0 to D of its weight make the queries, the next D the
-    keys, the last D the values. With `qk_norm`, each head's queries and keys go through a LayerNorm without bias
-    and centring before they meet (2302.05442, section 2).
+    keys, the last D the values.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(hidden_size // num_heads, LAYER_NORM_EPS) if qk_norm else None for _ in "qk"
-        )
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
-    ) -> Float[Tensor, "B wanted D"]:
-        """What the first `wanted` tokens, or all, take from all; `rotation` is that of rotary positions."""
-        by_products, as_projected = attends_by_products(x), wanted is None and rotation is None and self.q_norm is None
-        if by_products and as_projected and gradients_may_be_custom():
+    def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
+        """What the first `wanted` tokens, or all, take from all."""
+        by_products = attends_by_products(x)
+        if by_products and wanted is None and gradients_may_be_custom():
             return self.out(attend(self.qkv(x), self.num_heads))  # what follows, with fewer copies
-        q, k, v = self.project(x, wanted, rotation)
+        q, k, v = self.project(x, wanted)
         heads = self.softmax(q, k) @ v if by_products else F.scaled_dot_product_attention(q, k, v)
         return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, wanted, K) → (B, wanted, D)
 
-    def weights(self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None) -> Float[Tensor, "B H T T"]:
+    def weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T T"]:
         """How much each token (row) takes from each other (column): equation 6. Each row adds up to 1."""
-        q, k, _ = self.project(x, rotation=rotation)
+        q, k, _ = self.project(x)
         return self.softmax(q, k)
 
-    def project(
-        self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
-    ) -> tuple[Float[Tensor, "B H _ K"], ...]:
+    def project(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> tuple[Float[Tensor, "B H _ K"], ...]:
         """Queries of the first `wanted` tokens, or all, and keys and values of all, of every head: equation 5."""
         width = x.shape[-1]
         if wanted is None:
@@ -121,10 +110,6 @@ class Attention(nn.Module):
             (q_weight, kv_weight), (q_bias, kv_bias) = (p.split([width, 2 * width]) for p in self.qkv.parameters())
             parts = F.linear(x[:, :wanted], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
-        if rotation is not None:
-            q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
         return q, k, v
 
     @staticmethod
@@ -153,18 +138,16 @@ class TransformerEncoderBlock(nn.Module):
     def __init__(self, config: ViTConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = Attention(config.hidden_size, config.num_heads, config.qk_norm)
+        self.attention = Attention(config.hidden_size, config.num_heads)
         self.attention_scale = ResidualScale(config, layer)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.mlp_dim, config.dropout, config.gelu)
         self.mlp_scale = ResidualScale(config, layer)
         self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], wanted: int | None = None, rotation: Rotation | None = None
-    ) -> Float[Tensor, "B wanted D"]:
+    def forward(self, x: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
         """The first `wanted` tokens of the block's output, or all."""
-        x = x[:, :wanted] + self.attention_scale(self.dropout(self.attention(self.attention_norm(x), wanted, rotation)))
+        x = x[:, :wanted] + self.attention_scale(self.dropout(self.attention(self.attention_norm(x), wanted)))
         return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
@@ -186,9 +169,7 @@ class VisionTransformer(nn.Module):
             PatchEmbedding(config) if config.stem == "patch" else ConvolutionalStem(config)
         )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.classifier == "token" else None
-        self.registers = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
-        positions = torch.zeros(1, config.num_tokens - config.registers, width)
-        self.position_embedding = nn.Parameter(positions) if config.positions == "learnt" else None
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerEncoderBlock(config, 1 + n) for n in range(config.num_layers))
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
@@ -205,10 +186,10 @@ class VisionTransformer(nn.Module):
         # A head that reads the class token leaves the last block's other outputs unread: they are not computed, which
         # spares 14% of the work of 6 layers, 7% of 12 (docs/speed.md).
         read = 1 if self.config.classifier == "token" else None
-        tokens, places = self.embed(images), None
+        tokens = self.embed(images)
         if self.training and self.config.patch_dropout:
-            tokens, places = drop_patches(tokens, self.config)
-        return self.forward_head(self.forward_encoder(tokens, read, places))
+            tokens = drop_patches(tokens, self.config)
+        return self.forward_head(self.forward_encoder(tokens, read))
 
     def embed(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B T D"]:
         """z_0 of equation 1: projected patches behind the class token, each with its position embedding."""
@@ -233,36 +214,21 @@ class VisionTransformer(nn.Module):
         """z_0 of embedded patches. Position embeddings are resized each time where the patches are those of images
         smaller than the model's."""
         side = math.isqrt(tokens.shape[1])
-        if self.config.positions == "sincos":
-            tokens = tokens + sincos_positions(tokens.shape[1], tokens.shape[2], tokens.device)
+        positions: Tensor = self.position_embedding
+        if side != self.config.grid:
+            positions = resize_position_embedding(positions, 2 * (self.config.grid,), 2 * (side,))
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        if self.position_embedding is not None:
-            positions: Tensor = self.position_embedding
-            if side != self.config.grid:
-                positions = resize_position_embedding(positions, 2 * (self.config.grid,), 2 * (side,))
-            tokens = tokens + positions
-        if self.registers is not None:  # behind the class token
-            front = self.config.num_prefix_tokens - self.config.registers
-            registers = self.registers.expand(len(tokens), -1, -1)
-            tokens = torch.cat([tokens[:, :front], registers, tokens[:, front:]], dim=1)
-        return self.dropout(tokens.to(self.norm.weight.dtype))  # residuals are not summed in bf16
+        return self.dropout((tokens + positions).to(self.norm.weight.dtype))  # residuals are not summed in bf16
 
-    def forward_encoder(
-        self,
-        tokens: Float[Tensor, "B T D"],
-        wanted: int | None = None,
-        places: Int[Tensor, "B patches 2"] | None = None,
-    ) -> Float[Tensor, "B wanted D"]:
-        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4; of the first `wanted` tokens, or all. `places`
-        are rows and columns of the patches, where these are not all of a square image's."""
-        rotation = rotary_positions(self.config, tokens, places)
+    def forward_encoder(self, tokens: Float[Tensor, "B T D"], wanted: int | None = None) -> Float[Tensor, "B wanted D"]:
+        """z_0 → z_L, equations 2 and 3, and the LayerNorm of equation 4; of the first `wanted` tokens, or all."""
         for layer, block in enumerate(self.blocks, start=1):
             asked = wanted if layer == len(self.blocks) else None
             if self.training and self.checkpoint_activations:
-                tokens = checkpoint(block, tokens, asked, rotation, use_reentrant=False)
+                tokens = checkpoint(block, tokens, asked, use_reentrant=False)
             else:
-                tokens = block(tokens, asked, rotation)
+                tokens = block(tokens, asked)
         return self.norm(tokens)
 
     def forward_head(self, encoded: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
@@ -280,23 +246,22 @@ class VisionTransformer(nn.Module):
         """As `vitrail.attention` (explain.py), but of all images at once, with gradients, and with dropout while the
         model is in training mode."""
         each = self.each_block(images, layers)
-        return {n: block.attention.weights(block.attention_norm(z), rotation) for n, block, z, rotation in each}
+        return {n: block.attention.weights(block.attention_norm(z)) for n, block, z in each}
 
     def each_block(
         self, images: Float[Tensor, "B channels height width"], layers: int | Collection[int] | None = None
-    ) -> Iterator[tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"], Rotation | None]]:
+    ) -> Iterator[tuple[int, TransformerEncoderBlock, Float[Tensor, "B T D"]]]:
         """The blocks of these layers one by one, and what enters each. Nothing behind the last of them is computed."""
         wanted = {layers} if isinstance(layers, int) else set(range(len(self.blocks)) if layers is None else layers)
         if missing := wanted - set(range(len(self.blocks))):
             raise BadInput(f"the model has layers 0 to {len(self.blocks) - 1}, and no layer {min(missing)}.")
         tokens, last = self.embed(images), max(wanted, default=-1)
-        rotation = rotary_positions(self.config, tokens)
         for layer, block in enumerate(self.blocks[: last + 1]):
             if layer in wanted:
                 assert isinstance(block, TransformerEncoderBlock)  # for the type checker: a ModuleList forgets
-                yield layer, block, tokens, rotation
+                yield layer, block, tokens
             if layer < last:
-                tokens = block(tokens, rotation=rotation)
+                tokens = block(tokens)
 
     @torch.no_grad()
     def resize(self, image_size: int) -> None:
@@ -307,8 +272,7 @@ class VisionTransformer(nn.Module):
         """
         config = replace(self.config, image_size=image_size)
         grids = (self.config.grid, self.config.grid), (config.grid, config.grid)
-        if self.position_embedding is not None:  # others are computed anew for each image
-            self.position_embedding = nn.Parameter(resize_position_embedding(self.position_embedding, *grids))
+        self.position_embedding = nn.Parameter(resize_position_embedding(self.position_embedding, *grids))
         self.config = config
 
     @torch.no_grad()
@@ -318,7 +282,7 @@ class VisionTransformer(nn.Module):
 
         Xavier uniform for every matrix of the blocks, MLP biases N(0, 1e-6), position embeddings N(0, 0.02), LeCun
         normal for the patch embedding and the representation layer, zero for the head, the class token and the rest
-        of the biases: a new model gives each class the same probability. Registers are as position embeddings.
+        of the biases: a new model gives each class the same probability.
         """
         if self.head.weight.is_meta:  # nothing to draw, and torch would import its compiler to pretend: a second
             return
@@ -327,9 +291,7 @@ class VisionTransformer(nn.Module):
                 lecun_normal_(part)
         if self.resnet is not None:
             self.resnet.initialise()
-        for embedding in (self.position_embedding, self.registers):
-            if embedding is not None:
-                nn.init.normal_(embedding, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
         for module in self.modules():
             if isinstance(module, Attention):
                 # q, k and v are a matrix each: drawn as one (3D, D) matrix, their range would be 0.71 of this.

@@ -1,22 +1,16 @@
-"""Where a patch lies in its image: position embeddings, learnt (the paper's) or fixed, and rotary positions. All but
-the learnt are computed from the images at hand, and so are right at any size.
+"""Where a patch lies in its image: learnt position embeddings (the paper's), and the fixed ones of masked
+autoencoding's decoder.
 
-    B batch    T tokens    N patches    D hidden_size    H heads    K = D / H, width of a head
+    T tokens    N patches    D hidden_size
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.vit.config import ViTConfig
-
-Rotation = Float[Tensor, "2 _ 1 T pairs"]  # cosines and sines of each token's angles, of each image or of all
-
 SINCOS_BASE = 10_000.0  # MoCo v3's
-ROTARY_BASE = 100.0  # RoPE-ViT's: grids are shorter than texts, which take 10,000
 
 
 def resize_position_embedding(
@@ -55,40 +49,3 @@ def sincos_positions(patches: int, width: int, device: torch.device) -> Float[Te
     frequencies = SINCOS_BASE ** -torch.linspace(0, 1, width // 4, device=device)
     rows, columns = (grid(patches, device)[..., None] * frequencies).unbind(1)  # (N, D / 4) each
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
-
-
-def rotary_positions(
-    config: ViTConfig, tokens: Float[Tensor, "B T D"], places: Int[Tensor, "_ N 2"] | None = None
-) -> Rotation | None:
-    """What `apply_rotary` takes to turn the patches among these tokens, and not what stands in front of them; None
-    where the config has positions of another kind. Half of a head's pairs of channels turn with the row, half with the
-    column: axial, as in 2403.13298.
-
-    Args:
-        config: of the model.
-        tokens: what it goes on with.
-        places: rows and columns of the patches, where they are not all of a square image's.
-    """
-    if config.positions != "rotary":
-        return None
-    if places is None:
-        places = grid(tokens.shape[1] - config.num_prefix_tokens, tokens.device)[None]
-    quarter = config.hidden_size // config.num_heads // 4
-    frequencies = ROTARY_BASE ** -(torch.arange(quarter, device=tokens.device) / quarter)
-    angles = (places[..., None] * frequencies).flatten(-2)  # (B or 1, N, K / 2)
-    angles = F.pad(angles, (0, 0, config.num_prefix_tokens, 0))
-    return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
-
-
-def apply_rotary(x: Float[Tensor, "B H T K"], rotation: Float[Tensor, "2 _ 1 _ pairs"]) -> Float[Tensor, "B H T K"]:
-    """Queries or keys with their positions (2104.09864, section 3.4): each pair of neighbouring channels is turned by
-    an angle of its token's, so that scores depend on how far apart two patches are, not on where they are."""
-    cos, sin = rotation[..., : x.shape[2], :]  # queries may be those of the first tokens alone
-    pairs = x.unflatten(-1, (-1, 2))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # A complex product goes through memory once, which takes a tenth of the time of the real ones below.
-        turned = torch.view_as_real(torch.view_as_complex(pairs.float()) * torch.complex(cos, sin))
-    else:
-        first, second = pairs.unbind(-1)
-        turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)

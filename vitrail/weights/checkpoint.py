@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitrail.errors import BadInput
 from vitrail.recipes import Resolved
-from vitrail.settings import Recipe
+from vitrail.settings import GONE, Recipe
 from vitrail.vit import models
 from vitrail.vit.config import HALF, Colours, ViTConfig, check_colours, shorten
 from vitrail.vit.models import Config, Model
@@ -120,6 +120,7 @@ class Run:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             settings = {RENAMED.get(name, name): setting for name, setting in content["settings"].items()}
+            settings = {name: setting for name, setting in settings.items() if GONE.get(name, ...) != setting["value"]}
             recipe = Recipe(**{name: setting["value"] for name, setting in settings.items()})
             begun = content.get("from", {"value": None, "digest": ""})
             set_by = {name: setting["set_by"] for name, setting in settings.items()}

@@ -147,7 +147,7 @@ def check_options(config: ViTConfig, library: Library) -> None:
 
 
 def _listed(options: dict[str, Any]) -> str:
-    """`positions = rotary, registers = 4`."""
+    """`stem = convolutions, layer_scale = 0.1`."""
     return ", ".join(f"{name} = {value}".lower() for name, value in options.items())
 
 
