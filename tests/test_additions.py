@@ -197,6 +197,7 @@ def test_other_libraries_get_no_model_that_they_would_read_otherwise(library: Li
         ({"layer_scale": 0.0}, "layer_scale is 0.0; it must be above 0, or left out"),
         ({"stochastic_depth": 1.0}, "stochastic_depth is 1.0; it must be at least 0 and below 1"),
         ({"patch_dropout": -0.1}, "patch_dropout is -0.1; it must be at least 0 and below 1"),
+        ({"stem_units": 1}, "stem_units is 1; it does nothing unless stem is convolutions"),
         ({"stem": "convolutions", "patch_size": 6, "image_size": 18}, "6 is no power of 2"),
         ({"stem": "convolutions", "patch_size": 1}, "1 is no power of 2"),
         ({"stem": "convolutions", "patch_size": 16, "hidden_size": 36}, "take a multiple of 8 for hidden_size"),
@@ -299,10 +300,15 @@ def test_layer_scale_begins_at_its_value_and_multiplies_the_residuals() -> None:
 
 def test_initial_weights_are_of_the_scale_of_the_plain_models() -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(replace(SMALL, hidden_size=256, stem="convolutions"))
+    model = VisionTransformer(replace(SMALL, hidden_size=256, stem="convolutions", stem_units=1))
     state = model.state_dict()
     assert state["position_embedding"].std().item() == pytest.approx(0.02, rel=0.05)
-    for name, fan_in in (("layers.0", 27), ("layers.3", 9 * 128), ("projection", 256)):  # LeCun normal, as patches have
+    for name, fan_in in (
+        ("layers.0", 27),
+        ("layers.3.layers.0", 9 * 128),
+        ("layers.4", 9 * 128),
+        ("projection", 256),
+    ):  # LeCun normal, as patches have
         weight = state[f"patch_embedding.{name}.weight"]
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
 

@@ -194,6 +194,21 @@ def test_runs_from_different_weights_are_not_seeds_of_one(trained: Path, tuned: 
 # Refused
 
 
+def test_a_stem_and_the_rate_of_its_kernels_go_with_the_weights(trained: Path, tmp_path: Path) -> None:
+    plain = begin(resolve("laptop", data="digits"), trained).resolved
+    assert (plain.recipe.stem, plain.recipe.stem_units, plain.recipe.stem_rate) == ("patch", 0, 1.0)
+    assert plain.set_by["stem_rate"] == "weights"
+    run = Run.create(tmp_path / "run")
+    run.save_model(VisionTransformer(replace(SMALL, stem="convolutions", stem_units=1)), tuple("abc"))
+    given = {"data": "digits", "optimizer": "muon", "stem_rate": 3.0, "stem_units": 1}
+    stemmed = begin(resolve(FINE_TUNE, **given), run.path).resolved.recipe
+    assert (stemmed.stem, stemmed.stem_units, stemmed.stem_rate) == ("convolutions", 1, 3.0)
+    with pytest.raises(BadInput, match=r"stem_units is 2, and with the weights of .* it is 1"):
+        begin(resolve(FINE_TUNE, **given | {"stem_units": 2}), run.path)
+    with pytest.raises(BadInput, match="stem_rate does nothing unless stem is convolutions"):
+        fine_tune(trained, tmp_path / "other", optimizer="muon", stem_rate=3.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

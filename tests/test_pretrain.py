@@ -383,6 +383,9 @@ def test_what_needs_labels_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     stem = {name: getattr(stemmed.recipe, name) for name in ("stem", "stem_units", "stem_rate")}
     assert stem == {"stem": "patch", "stem_units": 0, "stem_rate": 1}
     assert {stemmed.set_by[name] for name in stem} == {"objective"}
+    plain = resolve("laptop", stem="patch")
+    assert {name: getattr(plain.recipe, name) for name in stem} == stem
+    assert {plain.set_by[name] for name in ("stem_units", "stem_rate")} == {"stem"}
 
 
 @pytest.mark.parametrize(

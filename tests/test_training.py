@@ -436,6 +436,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
     assert "Traceback" not in errors
 
 
+def test_settings_that_are_no_more_are_passed_over_where_they_say_what_is_so(whole: Path, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(whole, tmp_path / "run"))
+    content = yaml.safe_load((run.path / "recipe.yaml").read_text("utf-8"))
+    for positions in ("learnt", "rotary"):
+        content["settings"]["positions"] = {"value": positions, "set_by": "recipe"}
+        (run.path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        if positions == "learnt":
+            assert run.recipe() == Run(whole).recipe()
+    with pytest.raises(BadInput, match=r"recipe\.yaml: settings that this version of Vitrail lacks: positions\."):
+        run.recipe()
+
+
 def test_a_run_whose_kernels_adamw_had_does_not_go_on_by_muon(tmp_path: Path) -> None:
     """As runs with a stem of convolutions were before Muon had its kernels."""
     settings: dict[str, Any] = {
@@ -473,8 +485,9 @@ def test_a_run_whose_kernels_adamw_had_does_not_go_on_by_muon(tmp_path: Path) ->
         ({"rotate": 400.0}, "rotate is 400.0; it must be from 0 to 180 degrees"),
         ({"first_share": 0.3}, "first_share does nothing unless first_size is set"),
         ({"muon_lr": 0.01}, "muon_lr does nothing unless optimizer is muon"),
-        ({"stem_units": 2}, "stem_units does nothing unless stem is convolutions"),
-        ({"stem_rate": 2.0, "stem": "convolutions"}, "stem_rate does nothing unless stem is convolutions and"),
+        ({"stem_units": 2}, "stem_units is 2; it does nothing unless stem is convolutions"),
+        ({"stem_rate": 2.0, "stem": "convolutions"}, "stem_rate does nothing unless optimizer is muon"),
+        ({"stem_rate": 2.0, "optimizer": "muon"}, "stem_rate does nothing unless stem is convolutions"),
         ({"stem_rate": -1.0}, "stem_rate is -1.0; it must not be negative"),
         ({"schedule": "constant", "cooldown": 0.3}, "cooldown does nothing unless schedule is linear or cosine"),
         ({"data": "digit"}, "did you mean 'digits'"),

@@ -69,11 +69,11 @@ RECIPES: dict[str, Recipe] = {
     "vit-12": Recipe(
         **_ORIGINAL, patch_size=8, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=6, dropout=0.05, epochs=150,
     ),
-    # vitrail train laptop: 52 minutes of two cores of a Zen 4 EPYC, top-1 0.553 (results/laptop-seed-0); 54 and 0.538
-    # with a sixth layer for the units of its stem (results/laptop-stem-seed-0). No other library's format says that
-    # stem; stem=patch, epochs=16 and no stochastic depth came to 0.489 in 52 minutes of two cores of a Xeon without
-    # bf16 (results/laptop-128-wide-seed-0). coffee, a plain ViT: 9 minutes of the EPYC, 0.397
-    # (results/coffee-bf16-seed-0); 12.7 of the Xeon, 0.399 (results/coffee-tanh-seed-0).
+    # vitrail train laptop: 52 minutes of two cores of a Zen 4 EPYC, top-1 0.553 (results/laptop-seed-0). A sixth layer,
+    # 21 epochs and a stem without units, at the blocks' rate, came to 0.538 in 54 (results/laptop-stem-seed-0). No
+    # other library's format says a stem; stem=patch, epochs=16 and no stochastic depth came to 0.489 in 52 minutes of
+    # two cores of a Xeon without bf16 (results/laptop-128-wide-seed-0). coffee, a plain ViT: 9 minutes of the EPYC,
+    # 0.397 (results/coffee-bf16-seed-0); 12.7 of the Xeon, 0.399 (results/coffee-tanh-seed-0).
     "laptop": Recipe(
         **_HOUR | {"num_layers": 5}, stem="convolutions", stem_units=4, stem_rate=2.0, stochastic_depth=0.1, epochs=18,
     ),
@@ -116,7 +116,8 @@ RECIPES: dict[str, Recipe] = {
 @dataclass(frozen=True)
 class Resolved:
     """A recipe with all its values, and for each who set it: `default`, `recipe`, `command line`, the `weights` that it
-    begins with, the `objective` that has no use for it, the `images` that are fewer, or the `machine`."""
+    begins with, the `objective` that has no use for it, the `stem` that it is left out with, the `images` that are
+    fewer, or the `machine`."""
 
     name: str
     recipe: Recipe

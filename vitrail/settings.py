@@ -4,7 +4,7 @@ Every field is also a flag of `vitrail train` (`num_layers` is `--num-layers`), 
 type, its default and its help stand here and nowhere else. Nothing here imports torch: help must be instant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -47,12 +47,7 @@ OF_STEM: dict[str, Any] = {"stem_units": 0, "stem_rate": 1.0}
 # Settings that do nothing unless another is set, and how that is to be.
 NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
-    ("stem_units", lambda recipe: recipe.stem == "convolutions" or recipe.stem_units == 0, "stem is convolutions"),
-    (
-        "stem_rate",
-        lambda recipe: recipe.stem_rate == 1 or (recipe.stem, recipe.optimizer) == ("convolutions", "muon"),
-        "stem is convolutions and optimizer is muon",
-    ),
+    ("stem_rate", lambda recipe: recipe.stem_rate == 1 or recipe.optimizer == "muon", "optimizer is muon"),
     ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
     ("cooldown", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
     ("mask_ratio", lambda recipe: recipe.self_supervised, "objective is patches or pixels"),
@@ -62,8 +57,23 @@ NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     *((name, lambda recipe: recipe.architecture == "vit", "architecture is vit") for name in SIZES),
 )
 
-# Settings from before the first release that are no more, and the one value of theirs that can still be meant.
+# Settings of run folders from before the first release: what they are called now, and those that are no more, with the
+# one value that says what is so without them.
+RENAMED = {"average": "ema_decay", "decay_share": "cooldown"}
 GONE: dict[str, Any] = {"positions": "learnt", "registers": 0, "qk_norm": False}
+
+
+def without_gone(settings: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Settings that were written down, but for those that are no more.
+
+    Raises:
+        BadInput: one of them is none of the `known`, and does not say what is so without it.
+    """
+    found = {name: value for name, value in settings.items() if name not in GONE or value != GONE[name]}
+    if unknown := found.keys() - set(known):
+        raise BadInput(f"settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
+    return found
+
 
 # What pre-training has no use for, or cannot have; what a recipe for classes has of it is set back to these.
 CLASSES_ONLY: dict[str, Any] = {
@@ -136,7 +146,7 @@ class Recipe:
     # What later papers add: 2106.14881 (stem), 2103.17239 (layer_scale), 1603.09382 (stochastic_depth), 2208.07220
     # (patch_dropout)
     stem: Stem = setting("patch", "one projection of each patch, or convolutions of stride 2 down to it")
-    stem_units: int = setting(0, "residual convolutions of stride 1 in that stem, in front of its last convolution")
+    stem_units: int = setting(0, "residual convolutions in a stem of convolutions, in front of its last")
     layer_scale: float | None = setting(None, "learn a scale of each channel of a residual, which begins at this")
     initial_weights: Literal["official", "torch"] = setting(
         "official", "as in the official code, or as torch draws them: smaller, and the head not zero"
@@ -159,7 +169,7 @@ class Recipe:
     )
     lr: float = setting(1e-3, "peak learning rate")
     muon_lr: float = setting(0.02, "peak learning rate of what muon has")
-    stem_rate: float = setting(1.0, "of it, for the kernels of a stem of convolutions")
+    stem_rate: float = setting(1.0, "multiply muon_lr by this for the kernels of a stem of convolutions")
     layer_decay: float = setting(1.0, "multiply the learning rate by this for each layer between a weight and the head")
     weight_decay: float = setting(0.0, "weight decay (adamw, muon: decoupled, and not on biases, norms and embeddings)")
     label_smoothing: float = setting(0.0, "share of each label that is spread evenly over all classes")  # 1512.00567

@@ -216,6 +216,8 @@ def check(start: Start, stop_after: int | None) -> None:
         raise BadInput(
             f"stop-after is {stop_after}; it must be from 1 to {recipe.epochs}, the epochs of the run (--epochs)."
         )
+    if recipe.stem == "patch" and recipe.stem_rate != Recipe.stem_rate:
+        raise BadInput("stem_rate does nothing unless stem is convolutions.")
     model_config(recipe, 1, start.base)
     if recipe.self_supervised:
         decoder_config(recipe)

@@ -106,6 +106,8 @@ def _shaped(resolved: Resolved, config: ViTConfig) -> Resolved:
         if field.name in resolved.set_by and field.name not in NOT_SHAPE
     }
     shape |= {"architecture": "vit", "representation_size": None}
+    if config.stem == "patch" and resolved.set_by["stem_rate"] == "recipe":  # of a stem that is not there
+        shape["stem_rate"] = Recipe.stem_rate
     for name in sorted(given & shape.keys()):
         if (value := getattr(resolved.recipe, name)) != shape[name]:
             raise BadInput(

@@ -98,6 +98,8 @@ class ViTConfig:
             raise BadInput(f"stem_units is {shorten(units)}; it must be a whole number from 0 to {MOST_LAYERS:,}.")
         if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
             raise BadInput(f"layer_scale is {self.layer_scale}; it must be above 0, or left out.")
+        if units and self.stem == "patch":
+            raise BadInput(f"stem_units is {units}; it does nothing unless stem is convolutions.")
         if self.stem == "convolutions":
             if self.resnet_blocks is not None:
                 raise BadInput("a hybrid's ResNet is a stem already; leave out stem = 'convolutions'.")

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from vitrail.errors import BadInput
-from vitrail.settings import GONE
+from vitrail.settings import without_gone
 from vitrail.vit.config import ViTConfig, shorten
 from vitrail.vit.model import VisionTransformer
 from vitrail.vit.resnet import ResNetClassifier, ResNetConfig
@@ -35,9 +35,7 @@ def from_json(content: dict[str, Any]) -> Config:
     architecture, shape = content["architecture"], dict(content["model"])
     if architecture not in kinds:
         raise BadInput(f"its architecture is {shorten(architecture)}; Vitrail has {' and '.join(kinds)}.")
-    shape = {name: value for name, value in shape.items() if GONE.get(name, ...) != value}
-    if unknown := shape.keys() - {field.name for field in fields(kinds[architecture])}:
-        raise BadInput(f"settings that this version of Vitrail lacks: {', '.join(sorted(unknown))}.")
+    shape = without_gone(shape, [field.name for field in fields(kinds[architecture])])
     for name in ("resnet_blocks", "blocks"):
         if shape.get(name) is not None:
             shape[name] = tuple(shape[name])

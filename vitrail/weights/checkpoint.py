@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitrail.errors import BadInput
 from vitrail.recipes import Resolved
-from vitrail.settings import GONE, Recipe
+from vitrail.settings import RENAMED, Recipe, without_gone
 from vitrail.vit import models
 from vitrail.vit.config import HALF, Colours, ViTConfig, check_colours, shorten
 from vitrail.vit.models import Config, Model
@@ -42,8 +42,6 @@ from vitrail.weights.files import (
     write_tensors,
     write_text,
 )  # fmt: skip
-
-RENAMED = {"average": "ema_decay", "decay_share": "cooldown"}  # settings of run folders from before the first release
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,15 @@ class Run:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             settings = {RENAMED.get(name, name): setting for name, setting in content["settings"].items()}
-            settings = {name: setting for name, setting in settings.items() if GONE.get(name, ...) != setting["value"]}
-            recipe = Recipe(**{name: setting["value"] for name, setting in settings.items()})
+            values = without_gone({name: setting["value"] for name, setting in settings.items()}, vars(Recipe()))
+            recipe = Recipe(**values)
             begun = content.get("from", {"value": None, "digest": ""})
-            set_by = {name: setting["set_by"] for name, setting in settings.items()}
+            set_by = {name: settings[name]["set_by"] for name in values}
             return Resolved(content["recipe"], recipe, set_by, begun["value"], begun["digest"])
         except FileNotFoundError:
             raise BadInput(f"{self.path} has no recipe.yaml: it is no training run.") from None
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise BadInput(f"{path} is damaged or of another version of Vitrail: {error}.") from None
 
