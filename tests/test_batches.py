@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vitrail.data.cache import Images
 from vitrail.errors import BadInput
@@ -271,3 +272,5 @@ def test_evaluation_sees_each_image_once_the_last_batch_included() -> None:
     assert torch.cat([labels for _, labels in batches]).tolist() == SQUARES.labels.tolist()
     first = torch.from_numpy(SQUARES.image(0)).permute(2, 0, 1).float() / 127.5 - 1
     assert torch.equal(batches[0][0][0], first)
+    small, _ = next(evaluation_batches(Pixels(SQUARES, 8, CPU), 6, side=4))
+    assert torch.equal(small, F.interpolate(batches[0][0], (4, 4), mode="bilinear", antialias=True))

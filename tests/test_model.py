@@ -369,6 +369,10 @@ def test_in_training_images_may_be_smaller_and_position_embeddings_follow() -> N
             model(torch.zeros(shape))
     with pytest.raises(BadInput, match="takes images of shape"):
         model.eval()(images)
+    model.accepts_smaller = True
+    assert torch.equal(model(images), other.eval()(images))
+    with pytest.raises(BadInput, match="takes images of shape"):
+        model(torch.zeros(2, 3, 20, 20))
 
 
 def test_a_wrong_channel_count_is_not_answered_with_a_resize() -> None:

@@ -306,6 +306,22 @@ def test_a_run_that_is_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bits
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_epochs_of_small_images_are_judged_by_small_images(objective: Objective, scans: Pixels, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "first_size": 8, "first_share": 0.6}
+    run, first = pretrain(objective, tmp_path / "run", **settings), tmp_path / "first"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_image_size"] for line in lines] == [8, 16]
+    pretrain(objective, first, stop_after=1, **settings)  # the same weights as behind the other's first epoch
+    whole = json.loads((first / "results.json").read_text())["loss"]
+    kept, _ = read_tensors(first / "last/state.safetensors")
+    model = trainee(recipe := Run.open(first).recipe().recipe)
+    model.load_state_dict({name.removeprefix("average."): kept[name] for name in kept if name.startswith("average.")})
+    assert judge_reconstruction(model, scans, recipe, side=8).curves["loss"] == pytest.approx(lines[0]["val_loss"])
+    assert judge_reconstruction(model, scans, recipe).curves["loss"] == pytest.approx(whole)
+    assert whole != pytest.approx(lines[0]["val_loss"], rel=1e-3)
+
+
 def test_the_folder_is_that_of_an_ordinary_model(whole: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

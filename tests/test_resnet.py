@@ -133,11 +133,15 @@ def test_images_of_another_shape(shape: tuple[int, ...], says: str) -> None:
         build()(torch.zeros(shape))
 
 
-def test_smaller_images_are_for_training_alone() -> None:
+def test_smaller_images_are_for_training_unless_the_model_accepts_them() -> None:
     model = build()
     assert model(images(2, 8)).shape == (2, 5)
     with pytest.raises(BadInput, match=r"not \(2, 3, 8, 8\): resize them"):
         model.eval()(images(2, 8))
+    model.accepts_smaller = True
+    assert model(images(2, 8)).shape == (2, 5)
+    with pytest.raises(BadInput, match=r"not \(2, 3, 24, 24\): resize them"):
+        model(images(2, 24))
 
 
 @pytest.mark.parametrize(

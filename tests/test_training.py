@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import vitrail
+from vitrail.data import cache
 from vitrail.errors import BadInput, Diverged
-from vitrail.evaluation.evaluate import evaluate_run, predict_files
+from vitrail.evaluation.evaluate import evaluate_run, predict_files, predict_split
+from vitrail.input.pixels import pixels_of
 from vitrail.recipes import RECIPES, resolve
 from vitrail.training.resume import alone
 from vitrail.training.session import Result
@@ -264,6 +267,23 @@ def test_a_run_with_all_there_is_to_optimise_by_ends_with_the_same_bytes(tmp_pat
     assert all(torch.equal(weight, kept[f"average.{name}"]) for name, weight in shipped.items())
     assert not torch.equal(shipped["norm.weight"], kept["model.norm.weight"])
     assert evaluate_run(second.run)["loss"] == second.results["loss"]
+
+
+def test_epochs_of_small_images_are_judged_by_small_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"first_size": 8, "first_share": 0.6, "epochs": 2}
+    whole = train(tmp_path / "whole", **settings)
+    lines = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_image_size"] for line in lines] == [8, 16]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert [re.findall("images/s of ([0-9]+) pixels", line) for line in said] == [["8"], ["16"]]
+    first = train(tmp_path / "first", stop_after=1, **settings)  # the same weights as behind the other's first epoch
+    model, digits = vitrail.load(first.run), cache.load("digits", 16)
+    model.accepts_smaller = True
+    pixels = pixels_of(digits.splits["test"], 16, torch.device("cpu"))
+    assert predict_split(model, pixels, side=8).loss.mean() == pytest.approx(lines[0]["val_loss"], rel=1e-4)
+    # What is reported is of whole images, wherever a run stops.
+    assert first.results["loss"] == pytest.approx(predict_split(model, pixels).loss.mean(), rel=1e-4)
+    assert first.results["loss"] != pytest.approx(lines[0]["val_loss"], rel=1e-2)
 
 
 def test_auto_precision_is_that_of_the_machine_and_stays(tmp_path: Path) -> None:

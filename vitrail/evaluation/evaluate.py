@@ -106,17 +106,18 @@ def predict_split(
     std: Colours = HALF,
     mirror: bool = False,
     world: World = ALONE,
+    side: int | None = None,
 ) -> Predictions:
     """Run the model over every image of a split, each counted once and normalised by `mean` and `std`, and keep the
     `top` classes of each; `images_at_once` if no `batch_size` is given. With `mirror`, its logits are the mean of those
-    of the image and of its mirror image.
+    of the image and of its mirror image. With `side`, it sees images of so many pixels a side.
 
     The processes of a `world` do equal parts of the work, and each returns the whole. The model is left in evaluation
     mode."""
     model.eval()
     labels, predicted, probabilities, losses = [], [], [], []
     with track(len(world.share(len(pixels))), "evaluating", "images") as advance:
-        for batch, label in evaluation_batches(pixels, batch_size or images_at_once(model), mean, std, world):
+        for batch, label in evaluation_batches(pixels, batch_size or images_at_once(model), mean, std, world, side):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(batch)[: len(label)]
                 if mirror:

@@ -225,8 +225,7 @@ class TrainingBatches:
         for rows in self.rows():
             with self.watch.running():
                 images, targets = self.make(index[rows], draws.part(rows))
-                if side != self.pixels.size:
-                    images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+                images = shrunk(images, side)
             yield images, targets
 
     def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Targets]:
@@ -242,11 +241,17 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    pixels: Pixels, batch_size: int, mean: Colours = HALF, std: Colours = HALF, world: World = ALONE
+    pixels: Pixels,
+    batch_size: int,
+    mean: Colours = HALF,
+    std: Colours = HALF,
+    world: World = ALONE,
+    side: int | None = None,
 ) -> Iterator[tuple[Float[Tensor, "B 3 S S"], Int[Tensor, " b"]]]:
-    """Every image once, in order, its centre cut out, normalised by `mean` and `std`. The last batch is filled up with
-    its last image, for a compiled model wants one shape; its labels are as many as the images that count. In a `world`
-    of several processes, each gets its share, which may repeat the last image."""
+    """Every image once, in order, its centre cut out, normalised by `mean` and `std`, and shrunk to `side` pixels where
+    that is said, as training images are while they are smaller. The last batch is filled up with its last image, for a
+    compiled model wants one shape; its labels are as many as the images that count. In a `world` of several processes,
+    each gets its share, which may repeat the last image."""
     share = torch.from_numpy(world.share(len(pixels)))
     batch_size = min(batch_size, len(share))
     centre = torch.full((batch_size, 2), 0.5)
@@ -255,7 +260,12 @@ def evaluation_batches(
             pixels.read_ahead(share[start : start + batch_size + pixels.ahead].split(batch_size))
         index = share[torch.arange(start, start + batch_size).clamp(max=len(share) - 1)]
         images = renormalise(normalise(pixels.cut(index, centre)), mean, std)
-        yield images, pixels.labels[send(index[: len(share) - start], pixels.device)]
+        yield shrunk(images, side or pixels.size), pixels.labels[send(index[: len(share) - start], pixels.device)]
+
+
+def shrunk(images: Float[Tensor, "B 3 _ _"], side: int) -> Float[Tensor, "B 3 {side} {side}"]:
+    """The images `side` pixels high and wide: as they are, where they are that."""
+    return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def renormalise(images: Float[Tensor, "B 3 S S"], mean: Colours, std: Colours) -> Float[Tensor, "B 3 S S"]:

@@ -247,17 +247,19 @@ def moments(patches: Float[Tensor, "B M pixels"]) -> tuple[Float[Tensor, "B M 1"
 
 
 @torch.inference_mode()
-def judge_reconstruction(model: Pretraining, pixels: Pixels, recipe: Recipe, world: World = ALONE) -> Judgement:
-    """The mean loss over every image of a split, and pictures of a few of them. The masks of each image hang on the
-    seed alone, so that epochs can be compared. The processes of a `world` do equal parts of the work, and each returns
-    the whole. The model is left in evaluation mode."""
+def judge_reconstruction(
+    model: Pretraining, pixels: Pixels, recipe: Recipe, world: World = ALONE, side: int | None = None
+) -> Judgement:
+    """The mean loss over every image of a split, of `side` pixels a side where that is said, and pictures of a few of
+    them. The masks of each image hang on the seed alone, so that epochs can be compared. The processes of a `world` do
+    equal parts of the work, and each returns the whole. The model is left in evaluation mode."""
     model.eval()
-    patches, device = model.encoder.config.grid**2, pixels.device
+    patches, device = ((side or pixels.size) // recipe.patch_size) ** 2, pixels.device
     share = torch.from_numpy(world.share(len(pixels)))
     masks = draw_masks(recipe, len(pixels), patches, generator(recipe.seed, "judged masks", 0)).part(share)
     done, losses = 0, []
     with track(len(share), "evaluating", "images") as advance:
-        for images, labels in evaluation_batches(pixels, BATCH, world=world):
+        for images, labels in evaluation_batches(pixels, BATCH, world=world, side=side):
             rows = torch.arange(done, done + len(images)).clamp(max=len(share) - 1)  # the last batch is filled up
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 losses.append(model(images, masks.part(rows).to(device))[: len(labels)].float().cpu())

@@ -72,7 +72,7 @@ class Session:
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
     lost: str = ""  # what is no longer finite
     images_per_second: float = 0.0  # of the latest steps
-    evaluation_seconds: float = 0.0  # that the last one took
+    evaluation_seconds: float = 0.0  # that the last one took, or would have with images as they are at the end
     look_at: float = 0.0  # seconds of training behind which there is the next picture of what the model looks at
 
     def __post_init__(self) -> None:
@@ -213,9 +213,10 @@ class Session:
     def end_epoch(self, epoch: int, *, last: bool) -> Judgement:
         """Evaluate, leave a line of figures behind, and start the next epoch's count."""
         progress, recipe = self.progress, self.recipe
+        side = recipe.image_size if last else self.batches.size(progress.step - 1)
         began = time.perf_counter()
-        judgement = self.evaluate()
-        self.evaluation_seconds = time.perf_counter() - began
+        judgement = self.evaluate(side)
+        self.evaluation_seconds = (time.perf_counter() - began) * (recipe.image_size / side) ** 2
         found = judgement.curves
         if not math.isfinite(found["loss"]):
             self.diverged(f"the {self.dataset.evaluation} loss is {found['loss']} after step {progress.step}")
@@ -228,6 +229,7 @@ class Session:
             "train_loss": progress.loss / progress.counted,
             **({} if recipe.self_supervised else {"train_accuracy": accuracy}),
             **{f"val_{name}": value for name, value in found.items()},
+            **({"val_image_size": side} if recipe.first_size is not None else {}),
             "train_seconds": progress.train_seconds,
             "images_per_second": progress.counted * recipe.batch_size / progress.epoch_seconds,
             "input_share": progress.input_seconds / progress.train_seconds,
@@ -236,12 +238,6 @@ class Session:
             self.look()
         if self.books is not None:
             self.books.metrics(metrics, progress.step)
-            top1 = f"top-1 {found['top1']:.4f}  " if "top1" in found else ""
-            self.books.display.line(
-                f"epoch {epoch + 1:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {self.dataset.evaluation} "
-                f"loss {found['loss']:.4f}  {top1}{metrics['images_per_second']:,.0f} images/s, "
-                f"input {metrics['input_share']:.1%}"
-            )
         progress.begin_epoch()
         return judgement
 
@@ -259,16 +255,18 @@ class Session:
                 self.books.picture("attention", picture, self.progress.step)
         self.look_at = self.progress.train_seconds + (time.perf_counter() - began) / LOOKING
 
-    def evaluate(self) -> Judgement:
-        """What the evaluated split says of the weights as they are, or of their running average."""
+    def evaluate(self, side: int | None = None) -> Judgement:
+        """What the evaluated split, its images of `side` pixels where that is said, says of the weights as they are, or
+        of their running average. While training images are small, it is of small ones too: larger ones are not learnt
+        yet, and what they would say of the weights is no measure of them."""
         kept = self.device.type == "cpu" and not self.recipe.checkpoint_activations
         with self.average.in_place(), kept_memory_as_it_is(kept):
             if isinstance(self.model, Pretraining):
-                judgement = judge_reconstruction(self.model, self.judged, self.recipe, self.world)
+                judgement = judge_reconstruction(self.model, self.judged, self.recipe, self.world, side)
             else:
                 predictions = predict_split(
                     self.model, self.judged, precision=self.recipe.precision, mean=self.mean, std=self.std,
-                    world=self.world,
+                    world=self.world, side=side,
                 )  # fmt: skip
                 judgement = judge_classes(predictions, self.dataset.classes)
         self.model.train()

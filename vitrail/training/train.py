@@ -264,6 +264,7 @@ def build_model(recipe: Recipe, num_classes: int, base: ViTConfig = BASE) -> Mod
     if recipe.zero_residual:
         zero_residuals(model)
     model.checkpoint_activations = recipe.checkpoint_activations
+    model.accepts_smaller = recipe.first_size is not None  # epochs of small images are judged by such
     return model
 
 

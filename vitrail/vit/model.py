@@ -162,6 +162,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         # Keep only what enters each block, and compute the rest again in the backward pass: less memory, more time.
         self.checkpoint_activations = False
+        self.accepts_smaller = False  # images in evaluation too, and not in training alone
         width = config.hidden_size
         self.resnet = ResNet(config.resnet_blocks) if config.resnet_blocks is not None else None
         self.patch_embedding: PatchEmbedding | ConvolutionalStem = (
@@ -195,14 +196,16 @@ class VisionTransformer(nn.Module):
         return self.place(self.embed_patches(images))
 
     def embed_patches(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B N D"]:
-        """x_p E of equation 1, for N patches. In training, images may be smaller squares of whole patches.
+        """x_p E of equation 1, for N patches. In training, and where the model `accepts_smaller`, images may be
+        smaller squares of whole patches.
 
         Raises:
             BadInput: the images are not of the shape that the model was made for.
         """
         size, cell = self.config.image_size, self.config.cell
         side = images.shape[-1]
-        smaller = self.training and images.shape[1:] == (3, side, side) and side in range(cell, size, cell)
+        smaller = images.shape[1:] == (3, side, side) and side in range(cell, size, cell)
+        smaller = smaller and (self.training or self.accepts_smaller)
         if images.shape[1:] != (3, size, size) and not smaller:
             mend = "resize them, or load the model with image_size=… to resize its position embeddings"
             raise wrong_shape(size, images.shape, mend)

@@ -215,6 +215,7 @@ class ResNetClassifier(nn.Module):
         self.config = config
         # Keep only what enters each block, and compute the rest again in the backward pass: less memory, more time.
         self.checkpoint_activations = False
+        self.accepts_smaller = False  # images in evaluation too, and not in training alone
         self.resnet = ResNet(config.blocks, BasicBlock, config.width, config.pooled)
         self.head = nn.Linear(config.features, config.num_classes)
         self.initialise()
@@ -228,13 +229,14 @@ class ResNetClassifier(nn.Module):
         return self.head(self.features(images))
 
     def features(self, images: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B W"]:
-        """What the head reads: the mean over the last feature map. In training, images may be smaller squares.
+        """What the head reads: the mean over the last feature map. In training, and where the model `accepts_smaller`,
+        images may be smaller squares.
 
         Raises:
             BadInput: as `forward`.
         """
         size, shape = self.config.image_size, images.shape
-        smaller = self.training and shape[2] == shape[3] < size
+        smaller = (self.training or self.accepts_smaller) and shape[2] == shape[3] < size
         if shape[1] != 3 or not (smaller or shape[2:] == (size, size)):
             raise wrong_shape(size, shape, "resize them, or load the model with image_size=…")
         return self.resnet(images, self.training and self.checkpoint_activations).mean(dim=(2, 3))
