@@ -159,6 +159,10 @@ def test_unfinished(tmp_path: Path) -> None:
     ]
     cell = cells(*rows)[1]
     assert (cell["run"], cell["epochs"], cell["data"]) == ("`going`, not finished", "3 of 80", "digits")
+    small = json.dumps(json.loads(lines[2]) | {"val_image_size": 8}) + "\n"
+    (run / "metrics.jsonl").write_text("".join(lines[:2]) + small, "utf-8")
+    (remark,) = compare.remarks(runs.load([run]))
+    assert "are those after epoch 3 of 80, by images of 8 pixels, and are no result yet." in remark
     assert cell["parameters"] == "–"  # there is no model in it
     model = VisionTransformer(ViTConfig(16, 4, 64, 256, 4, 4, 10, classifier="gap"))
     Run(run).save_model(model, tuple("0123456789"))

@@ -462,6 +462,11 @@ def test_curves_of_growing_images_say_why_they_leap(tmp_path: Path) -> None:
     rows = [row | {"val_image_size": 4} for row in record.epochs]  # as runs have it since they are judged by such
     page = report.render(replace(record, settings=record.settings | grew, epochs=rows), None)
     assert "it saw images of 4 pixels, and was judged by images of that size." in page
+    rows = [row | {"val_image_size": size} for row in record.epochs]  # one epoch, whose last steps are of whole images
+    page = report.render(replace(record, settings=record.settings | grew, epochs=rows), None)
+    assert "it saw images of 4 pixels." in page
+    page = report.render(replace(record, results=None, epochs=rows), None)
+    assert f"images of {size} pixels after epoch" in page
 
 
 def test_a_picture_of_what_there_is(tmp_path: Path) -> None:

@@ -277,6 +277,8 @@ def test_epochs_of_small_images_are_judged_by_small_images(tmp_path: Path, capsy
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
     assert [re.findall("images/s of ([0-9]+) pixels", line) for line in said] == [["8"], ["16"]]
     first = train(tmp_path / "first", stop_after=1, **settings)  # the same weights as behind the other's first epoch
+    kept = json.loads((first.run / "metrics.jsonl").read_text())
+    assert all(kept[name] == lines[0][name] for name in kept if name.startswith("val_"))
     model, digits = vitrail.load(first.run), cache.load("digits", 16)
     model.accepts_smaller = True
     pixels = pixels_of(digits.splits["test"], 16, torch.device("cpu"))
@@ -407,6 +409,16 @@ def test_a_batch_may_hold_more_images_than_there_are(epochs: int, batch_size: in
     assert result.results["epochs"] == epochs
     assert result.results["samples_seen"] == math.ceil(epochs * 20 / batch_size) * batch_size
     assert vitrail.train(output=result.run, resume=True).results["loss"] == result.results["loss"]
+
+
+def test_what_is_reported_is_of_whole_images_though_no_epoch_was_judged_by_them(tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos", {"red": 0, "blue": 2}, 12)  # 20 to train on: one step, in the first epoch
+    settings: dict[str, Any] = {"image_size": 16, "batch_size": 60, "first_size": 8, "first_share": 0.6}
+    result = train(tmp_path / "run", data=str(photos), **settings)
+    (line,) = (json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines())
+    assert (line["epoch"], line["val_image_size"]) == (1, 8)
+    assert result.results["loss"] == evaluate_run(result.run)["loss"]
+    assert result.results["loss"] != line["val_loss"]
 
 
 # What goes wrong

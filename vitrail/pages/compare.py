@@ -46,7 +46,9 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
                 "settings or at what cost."
             )
         elif not row.first.finished:
-            yield f"{row.name} is not finished: its figures are those after epoch {row.epochs}, and are no result yet."
+            side = row.first.figures.get("val_image_size")  # which may be smaller than at the end
+            after = f"epoch {row.epochs}" + (f", by images of {side} pixels" if side else "")
+            yield f"{row.name} is not finished: its figures are those after {after}, and are no result yet."
         if len(row.entries) > 1 and len(set.union(*(entry.commits for entry in row.entries))) > 1:
             versions = "were trained by several versions of the program, not only from several seeds."
             yield f"The runs of {row.name} {versions}"

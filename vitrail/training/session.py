@@ -72,7 +72,7 @@ class Session:
     pending: list[Float[Tensor, "2"]] = field(default_factory=list)  # outcomes of steps, still on the device
     lost: str = ""  # what is no longer finite
     images_per_second: float = 0.0  # of the latest steps
-    evaluation_seconds: float = 0.0  # that the last one took, or would have with images as they are at the end
+    evaluation_seconds: float = 0.0  # that the last one took
     look_at: float = 0.0  # seconds of training behind which there is the next picture of what the model looks at
 
     def __post_init__(self) -> None:
@@ -210,13 +210,14 @@ class Session:
         if self.lost:
             self.diverged(self.lost)
 
-    def end_epoch(self, epoch: int, *, last: bool) -> Judgement:
-        """Evaluate, leave a line of figures behind, and start the next epoch's count."""
+    def end_epoch(self, epoch: int, *, last: bool) -> Judgement | None:
+        """Evaluate, leave a line of figures behind, and start the next epoch's count. Returns what can be reported of
+        the weights: nothing where they were judged by small images."""
         progress, recipe = self.progress, self.recipe
-        side = recipe.image_size if last else self.batches.size(progress.step - 1)
+        side = self.batches.size(progress.step - 1)
         began = time.perf_counter()
         judgement = self.evaluate(side)
-        self.evaluation_seconds = (time.perf_counter() - began) * (recipe.image_size / side) ** 2
+        self.evaluation_seconds = time.perf_counter() - began
         found = judgement.curves
         if not math.isfinite(found["loss"]):
             self.diverged(f"the {self.dataset.evaluation} loss is {found['loss']} after step {progress.step}")
@@ -239,7 +240,7 @@ class Session:
         if self.books is not None:
             self.books.metrics(metrics, progress.step)
         progress.begin_epoch()
-        return judgement
+        return judgement if side == recipe.image_size else None
 
     def look(self) -> None:
         """Show what the model looks at in a few images, and see to it that doing so again waits for its share of the
