@@ -58,11 +58,11 @@ class Books:
         """Figures of an epoch, whose last step it is: in metrics.jsonl, in trackers, and as a line on the terminal."""
         self.run.add_metrics(metrics)
         self.trackers.scalars(metrics, step)
-        recipe, split = self.resolved.recipe, self.dataset.evaluation
+        epochs, split = self.resolved.recipe.epochs, self.dataset.evaluation
         top1 = f"top-1 {metrics['val_top1']:.4f}  " if "val_top1" in metrics else ""
-        pixels = f" of {metrics['val_image_size']} pixels" if recipe.first_size is not None else ""
+        pixels = f" of {metrics['val_image_size']} pixels" if "val_image_size" in metrics else ""
         self.display.line(
-            f"epoch {metrics['epoch']:>3}/{recipe.epochs}  loss {metrics['train_loss']:.4f}  {split} loss "
+            f"epoch {metrics['epoch']:>3}/{epochs}  loss {metrics['train_loss']:.4f}  {split} loss "
             f"{metrics['val_loss']:.4f}  {top1}{metrics['images_per_second']:,.0f} images/s{pixels}, "
             f"input {metrics['input_share']:.1%}"
         )
