@@ -240,16 +240,17 @@ def test_sincos_positions_are_those_of_big_vision() -> None:
 # The rest, each
 
 
-def test_stem_makes_a_token_of_each_patch_without_looking_at_other_images() -> None:
+def test_stem_makes_a_token_of_each_patch_and_in_evaluation_looks_at_no_other_image() -> None:
     stem = ConvolutionalStem(replace(SMALL, patch_size=8, stem="convolutions"))
     convolutions = [layer for layer in stem.layers if isinstance(layer, nn.Conv2d)]
     assert [layer.out_channels for layer in convolutions] == [8, 16, 32]
-    assert [layer.num_groups for layer in stem.layers if isinstance(layer, nn.GroupNorm)] == [8, 16, 32]
+    assert [layer.num_features for layer in stem.layers if isinstance(layer, nn.BatchNorm2d)] == [8, 16, 32]
     batch = images(3, 32)
-    tokens = stem(batch)
+    together, alone = stem(batch), stem(batch[1:2])
+    assert (together[1:2] - alone).abs().max() > 0.1  # in training, normalised with the others
+    tokens = stem.eval()(batch)
     assert tokens.shape == (3, 16, 32)
     torch.testing.assert_close(stem(batch[1:2]), tokens[1:2])
-    assert torch.equal(stem.train()(batch), stem.eval()(batch))
     # Tokens lie row by row, each seeing 15 pixels a side around the first of its patch
     marked = batch.clone()
     marked[..., 5:12, 21:28] += 10
@@ -273,7 +274,7 @@ def test_units_of_a_stem_add_to_its_last_map_but_one() -> None:
     found, x = deep(batch), plain.layers[:6](batch)
     assert x.shape == (3, 16, 8, 8)  # half a patch's cells
     for kernel in kernels:
-        x = x + F.relu(F.group_norm(F.conv2d(x, kernel, padding=1), 16, eps=1e-6))
+        x = x + F.relu(F.batch_norm(F.conv2d(x, kernel, padding=1), None, None, training=True))
     expected = plain.projection(plain.layers[6:](x).flatten(2).transpose(1, 2))
     torch.testing.assert_close(found, expected)
     assert (found - plain(batch)).abs().max() > 0.1

@@ -79,6 +79,20 @@ def test_images_are_smaller_in_the_first_share_of_the_steps() -> None:
     assert torch.equal(next(growing.parts(4))[0], next(full.parts(4))[0])
 
 
+def test_squares_are_cut_out_of_images_between_the_small_and_the_whole_ones() -> None:
+    recipe = replace(RECIPE, batch_size=6, patch_size=2, crop=2, crop_size=4, last_share=0.25)
+    cut, whole = batches_of(SQUARES, recipe), batches_of(SQUARES, replace(recipe, crop_size=None))
+    assert cut.steps == 10
+    assert [cut.size(step) for step in range(10)] == 7 * [4] + 3 * [8]  # 0.25 of 10 steps are 2.5
+    assert torch.equal(next(cut.parts(6))[0], next(whole.parts(6))[0][:, :, 2:6, 2:6])
+    assert torch.equal(next(cut.parts(7))[0], next(whole.parts(7))[0])
+    grown = batches_of(SQUARES, replace(recipe, first_size=6, first_share=0.3))
+    assert [grown.size(step) for step in range(10)] == 3 * [6] + 4 * [4] + 3 * [8]
+    assert [grown.scale(step) for step in range(10)] == 3 * [6] + 7 * [8]  # what is cut out is as large as it was
+    for step in range(11):
+        assert grown.pixels_left(step) == sum(6 * grown.size(later) ** 2 for later in range(step, 10))
+
+
 def test_a_batch_larger_than_the_data_set_is_filled() -> None:
     batches = batches_of(SQUARES, replace(RECIPE, batch_size=50))
     assert batches.steps == 2

@@ -233,6 +233,20 @@ def test_the_average_is_that_of_the_formula_and_leaves_the_weights_as_they_were(
     torch.testing.assert_close(average.weights["head.bias"].double(), expected)
 
 
+def test_the_average_is_of_what_batch_norm_measures_too() -> None:
+    model = VisionTransformer(replace(CONFIG, stem="convolutions"))
+    average, images = RunningAverage(model, 0.5), torch.randn(4, 3, CONFIG.image_size, CONFIG.image_size)
+    name = "patch_embedding.layers.1.running_mean"
+    model(images)
+    measured = model.get_buffer(name).clone()
+    assert measured.abs().max() > 0
+    average.update(20)
+    torch.testing.assert_close(average.weights[name], measured / 2)
+    with average.in_place():
+        torch.testing.assert_close(model.get_buffer(name), measured / 2)
+    assert torch.equal(model.get_buffer(name), measured)
+
+
 def test_without_an_average_there_is_nothing_to_keep() -> None:
     average = RunningAverage(MODEL, 0.0)
     average.update(0)

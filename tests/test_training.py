@@ -269,6 +269,28 @@ def test_a_run_with_all_there_is_to_optimise_by_ends_with_the_same_bytes(tmp_pat
     assert evaluate_run(second.run)["loss"] == second.results["loss"]
 
 
+def test_what_batch_norm_measured_is_kept_averaged_and_shipped(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "stem": "convolutions", "stem_units": 1, "crop": 2, "crop_size": 12, "last_share": 0.2, "ema_decay": 0.9,
+        "epochs": 2,
+    }  # fmt: skip
+    straight = train(tmp_path / "straight", **settings)
+    first = train(tmp_path / "run", stop_after=1, **settings)
+    second = vitrail.train(output=first.run, resume=True)
+    assert (second.run / WEIGHTS).read_bytes() == (straight.run / WEIGHTS).read_bytes()
+    shipped, kept = load_file(second.run / WEIGHTS), load_file(second.run / "last" / "state.safetensors")
+    measured = [name for name in shipped if name.endswith(("running_mean", "running_var"))]
+    assert len(measured) == 6
+    for name in measured:
+        assert torch.equal(shipped[name], kept[f"average.{name}"])
+        assert not torch.equal(shipped[name], kept[f"model.{name}"])
+    assert evaluate_run(second.run)["loss"] == second.results["loss"]
+    # Squares of 12 pixels are trained on, and whole images judge.
+    lines = [json.loads(line) for line in (straight.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_loss"] for line in lines][-1] == straight.results["loss"]
+    assert lines[0]["val_loss"] == first.results["loss"]
+
+
 def test_epochs_of_small_images_are_judged_by_small_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"first_size": 8, "first_share": 0.6, "epochs": 2}
     whole = train(tmp_path / "whole", **settings)
@@ -506,6 +528,9 @@ def test_a_run_whose_kernels_adamw_had_does_not_go_on_by_muon(tmp_path: Path) ->
         ({"seed": 2**70}, r"below 2\^63"),
         ({"first_size": 10}, "with patches of 4 and images of 16 pixels it may be 4, 8, 12"),
         ({"first_size": 16}, "it may be 4, 8, 12"),
+        ({"crop_size": 16}, "crop_size is 16; with patches of 4 and images of 16 pixels it may be 4, 8, 12"),
+        ({"crop_size": 12, "last_share": 1.0}, "no step is left for it"),
+        ({"crop_size": 12, "first_size": 8, "first_share": 0.9}, "first_share and last_share are all of them"),
         ({"cooldown": 0.0}, "cooldown is 0.0; it must be above 0 and at most 1"),
         ({"layer_decay": 1.1}, "layer_decay is 1.1; it must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0; it must be at least 0 and below 1"),
@@ -516,6 +541,7 @@ def test_a_run_whose_kernels_adamw_had_does_not_go_on_by_muon(tmp_path: Path) ->
         ({"stop_after": 4}, "stop-after is 4; it must be from 1 to 3"),
         ({"rotate": 400.0}, "rotate is 400.0; it must be from 0 to 180 degrees"),
         ({"first_share": 0.3}, "first_share does nothing unless first_size is set"),
+        ({"last_share": 0.3}, "last_share does nothing unless crop_size is set"),
         ({"muon_lr": 0.01}, "muon_lr does nothing unless optimizer is muon"),
         ({"stem_units": 2}, "stem_units is 2; it does nothing unless stem is convolutions"),
         ({"stem_rate": 2.0, "stem": "convolutions"}, "stem_rate does nothing unless optimizer is muon"),

@@ -24,7 +24,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "not be negative"),
     ("rotate", lambda value: 0 <= value <= 180, "be from 0 to 180 degrees"),
     ("seed", lambda value: 0 <= value < 2**63, "not be negative, and be below 2^63"),
-    ("resized_crop jitter erase first_share", lambda value: 0 <= value <= 1, "be from 0 to 1"),
+    ("resized_crop jitter erase first_share last_share", lambda value: 0 <= value <= 1, "be from 0 to 1"),
     ("dropout stochastic_depth patch_dropout holdout label_smoothing ema_decay",
      lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     ("layer_decay cooldown", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
@@ -47,6 +47,7 @@ OF_STEM: dict[str, Any] = {"stem_units": 0, "stem_rate": 1.0}
 # Settings that do nothing unless another is set, and how that is to be.
 NEEDS: tuple[tuple[str, Callable[["Recipe"], bool], str], ...] = (
     ("first_share", lambda recipe: recipe.first_size is not None, "first_size is set"),
+    ("last_share", lambda recipe: recipe.crop_size is not None, "crop_size is set"),
     ("stem_rate", lambda recipe: recipe.stem_rate == 1 or recipe.optimizer == "muon", "optimizer is muon"),
     ("muon_lr", lambda recipe: recipe.optimizer == "muon", "optimizer is muon"),
     ("cooldown", lambda recipe: recipe.schedule != "constant", "schedule is linear or cosine"),
@@ -187,6 +188,11 @@ class Recipe:
     # 2104.00298, section 4, without its growing augmentation
     first_size: int | None = setting(None, "shrink the training images to this side at first: faster steps")
     first_share: float = setting(0.5, "the share of all steps that first_size is for")
+    # 1906.06423, section 4.1
+    crop_size: int | None = setting(
+        None, "cut a square of this side out of the middle of each training image, shifted by crop before: faster steps"
+    )
+    last_share: float = setting(0.1, "the share of all steps, the last, that see whole images where crop_size is set")
 
     # Without labels: patches are the paper's (section 4.6, appendix B.1.2), pixels those of 2111.06377
     objective: Literal["classes", "patches", "pixels"] = setting(
@@ -271,11 +277,18 @@ class Recipe:
     def _check_sizes(self) -> None:
         cell = self.patch_size if self.architecture == "vit" else 8  # a ResNet's stages halve an image three times
         smaller = range(cell, self.image_size, cell)
-        if self.first_size is not None and self.first_size not in smaller:
-            cells = f"{'patches' if self.architecture == 'vit' else 'a stride'} of {cell}"
+        for name in ("first_size", "crop_size"):
+            if (side := getattr(self, name)) is not None and side not in smaller:
+                cells = f"{'patches' if self.architecture == 'vit' else 'a stride'} of {cell}"
+                raise BadInput(
+                    f"{name} is {side}; with {cells} and images of {self.image_size} pixels it may be "
+                    f"{', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
+                )
+        shrunk = self.first_share if self.first_size is not None else 0
+        if self.crop_size is not None and shrunk + self.last_share >= 1:
             raise BadInput(
-                f"first_size is {self.first_size}; with {cells} and images of {self.image_size} pixels it may be "
-                f"{', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
+                f"crop_size is {self.crop_size}, and no step is left for it: first_share and last_share are all of "
+                "them; take less."
             )
         if self.crop >= self.image_size:
             raise BadInput(f"crop is {self.crop}, as large as the image ({self.image_size} pixels); take less.")

@@ -6,7 +6,7 @@ told has been told already.
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,6 +78,12 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(said, src=0)
         return said[0]
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Put what the first process has into the tensors of all, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def after_first_here(self, work: Callable[[], Found]) -> Found:
         """`work`, by one process of each machine, and then by the others, which find there what it left."""

@@ -18,7 +18,7 @@ IMAGES, VIEWS = 8, 8  # on the picture of what augmentation makes of them
 # What decides how training shows an image: the settings of the images, and some of those that follow.
 SHOWING = (
     *(setting.name for setting in itertools.takewhile(lambda s: s.name != "patch_size", dataclasses.fields(Recipe))),
-    "first_size", "first_share", "seed",
+    "first_size", "first_share", "crop_size", "last_share", "seed",
 )  # fmt: skip
 
 

@@ -180,23 +180,32 @@ class TrainingBatches:
         """The least number of equal parts from `least` up; the most there can be, if that is less."""
         return equal_parts(self.most_parts, least)
 
-    def size(self, step: int) -> int:
-        """Side of the images that the model sees in a step: the recipe's `first_size`, where it has one, in the first
-        share of the whole run (2104.00298, section 4), then that of the images."""
-        first = self.recipe.first_size
-        return first if first is not None and step < self.small_steps else self.pixels.size
-
     @property
-    def small_steps(self) -> int:
-        """How many steps, the first, `first_size` is for."""
-        return math.ceil(self.recipe.first_share * self.steps) if self.recipe.first_size is not None else 0
+    def stretches(self) -> list[tuple[int, int]]:
+        """The whole run by the side of the images that the model sees: the step that ends each stretch, and that side.
+        First images shrunk to `first_size` (2104.00298, section 4), then squares of `crop_size` cut out of them, and at
+        last whole ones (1906.06423, section 4.1), as far as the recipe has them."""
+        recipe, steps = self.recipe, self.steps
+        shrunk = [] if recipe.first_size is None else [(math.ceil(recipe.first_share * steps), recipe.first_size)]
+        cut = [] if recipe.crop_size is None else [(steps - math.ceil(recipe.last_share * steps), recipe.crop_size)]
+        return [*shrunk, *cut, (steps, self.pixels.size)]
+
+    def size(self, step: int) -> int:
+        """Side of the images that the model sees in a step; behind the last, that of whole images."""
+        return next((side for end, side in self.stretches if step < end), self.pixels.size)
+
+    def scale(self, step: int) -> int:
+        """Side of the whole images that those of a step are, or are cut out of: small ones while they are shrunk."""
+        side = self.size(step)
+        return side if side == self.recipe.first_size else self.pixels.size
 
     def pixels_left(self, step: int) -> int:
         """Pixels of all images that the model sees from a step on."""
-        small = max(0, self.small_steps - step)
-        large = self.steps - max(step, self.small_steps)
-        first = self.recipe.first_size or 0
-        return self.recipe.batch_size * (small * first**2 + large * self.pixels.size**2)
+        begins, left = step, 0
+        for end, side in self.stretches:
+            left += max(0, end - begins) * side**2
+            begins = max(begins, end)
+        return self.recipe.batch_size * left
 
     def rows(self) -> list[slice]:
         """The rows of each batch that this process works through, in `divided_by` equal parts."""
@@ -225,7 +234,7 @@ class TrainingBatches:
         for rows in self.rows():
             with self.watch.running():
                 images, targets = self.make(index[rows], draws.part(rows))
-                images = shrunk(images, side)
+                images = middle(shrunk(images, self.scale(step)), side)
             yield images, targets
 
     def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Targets]:
@@ -266,6 +275,12 @@ def evaluation_batches(
 def shrunk(images: Float[Tensor, "B 3 _ _"], side: int) -> Float[Tensor, "B 3 {side} {side}"]:
     """The images `side` pixels high and wide: as they are, where they are that."""
     return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def middle(images: Float[Tensor, "B 3 _ _"], side: int) -> Float[Tensor, "B 3 {side} {side}"]:
+    """The squares of that side in the middle of the images: themselves, where they are that."""
+    edge = (images.shape[-1] - side) // 2
+    return images[:, :, edge : edge + side, edge : edge + side]
 
 
 def renormalise(images: Float[Tensor, "B 3 S S"], mean: Colours, std: Colours) -> Float[Tensor, "B 3 S S"]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrail.settings import Recipe
 from vitrail.training.muon import Muon
@@ -93,8 +93,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 class RunningAverage:
-    """The exponential moving average of a model's weights over the steps, which is evaluated and shipped in place of
-    the weights that are trained.
+    """The exponential moving average of a model's weights over the steps, and of what its BatchNorm measured, which is
+    evaluated and shipped in place of what is trained.
 
     Args:
         model: whose weights, as they are now, it starts from.
@@ -105,14 +105,17 @@ class RunningAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()} if decay else {}
+        self.weights = {name: tensor.detach().clone() for name, tensor in averaged(model).items()} if decay else {}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights behind a step, counted from 0."""
         if self.weights:
             share = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.weights.values()), list(self.model.parameters()), share)
+            weights = dict(self.model.named_parameters())
+            torch._foreach_lerp_([self.weights[name] for name in weights], list(weights.values()), share)
+            for name, tensor in measured(self.model).items():  # whole, where fsdp leaves parts of weights
+                self.weights[name].lerp_(tensor, share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -126,8 +129,18 @@ class RunningAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         # By copying: a compiled model may hold on to where its weights lie.
+        now = averaged(self.model)
         for name, average in self.weights.items():
-            weight = self.model.get_parameter(name)
-            trained = weight.clone()
-            weight.copy_(average)
+            trained = now[name].clone()
+            now[name].copy_(average)
             average.copy_(trained)
+
+
+def averaged(model: nn.Module) -> dict[str, Tensor]:
+    """What a running average is of: the weights, and what BatchNorm has measured."""
+    return {**dict(model.named_parameters()), **measured(model)}
+
+
+def measured(model: nn.Module) -> dict[str, Tensor]:
+    """The means and variances by which BatchNorm normalises in evaluation."""
+    return {name: tensor for name, tensor in model.named_buffers() if tensor.is_floating_point()}

@@ -14,6 +14,7 @@ from vitrail.errors import BadInput
 from vitrail.progress import say
 from vitrail.settings import Recipe
 from vitrail.vit import models
+from vitrail.vit.additions import ConvolutionalStem
 from vitrail.vit.model import TransformerEncoderBlock
 from vitrail.vit.models import Model
 from vitrail.world import World
@@ -42,7 +43,7 @@ def check_shares(recipe: Recipe, world: World) -> None:
 def shard(model: nn.Module, recipe: Recipe, world: World) -> None:
     """Where the recipe asks for it, leave each process its part of the weights, in place, before the optimizer is made:
     block by block, so that a process has one whole block at a time. With bf16, blocks are gathered in that, and
-    gradients are added up in float32."""
+    gradients are added up in float32; a stem is gathered in float32, which BatchNorm measures in."""
     if recipe.parallel != "fsdp" or world.size == 1:
         return
     # They take 0.8 s, which who is alone need not wait for.
@@ -53,6 +54,8 @@ def shard(model: nn.Module, recipe: Recipe, world: World) -> None:
     for module in model.modules():
         if isinstance(module, TransformerEncoderBlock):
             fully_shard(module, mp_policy=policy)
+        if isinstance(module, ConvolutionalStem):
+            fully_shard(module)
     fully_shard(model, mp_policy=policy, reshard_after_forward=True)  # else its own weights stay behind an evaluation
     if hasattr(model, "reconstruct"):  # what pre-training calls beside `forward`
         register_fsdp_forward_method(model, "reconstruct")

@@ -214,7 +214,7 @@ class Session:
         """Evaluate, leave a line of figures behind, and start the next epoch's count. Returns what can be reported of
         the weights: nothing where they were judged by small images."""
         progress, recipe = self.progress, self.recipe
-        side = self.batches.size(progress.step - 1)
+        side = self.batches.scale(progress.step - 1)
         began = time.perf_counter()
         judgement = self.evaluate(side)
         self.evaluation_seconds = time.perf_counter() - began

@@ -50,8 +50,8 @@ def train_step(
 
 def gradient(model: nn.Module, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
     """Leave the gradient of the mean loss over the step's batch in the weights; it does not depend on how many parts
-    the batch is divided into, but for rounding, and for what dropout, stochastic depth and patch dropout draw anew for
-    each part.
+    the batch is divided into, but for rounding, for what dropout, stochastic depth and patch dropout draw anew for each
+    part, and for BatchNorm, which normalises each part by itself.
 
     Returns this process's share of the loss, and the number of its images recognised; a mixed image is, where its own
     class, not its partner's, is.

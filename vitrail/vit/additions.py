@@ -4,7 +4,6 @@ the recipe, asks for it.
     B batch    T tokens    N patches    D hidden_size    W channels of a feature map    h, w its sides
 """
 
-import math
 from itertools import pairwise
 
 import torch
@@ -12,13 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.vit.config import ViTConfig
-from vitrail.vit.resnet import GROUP_NORM_EPS, GROUPS
+
+# What the averages that evaluation normalises by take of each batch. Torch's 0.1 is of ten batches, no more, whose
+# noise shows in evaluation; less lags behind weights that move.
+BATCH_NORM_MOMENTUM = 0.05
 
 
 class ConvolutionalStem(nn.Module):
     """Image → patches → tokens by 3×3 convolutions of stride 2, each twice as wide as the one before and the last as
-    wide as a token, and a projection: 2106.14881, section 3, of the widths of its ViT_C-1GF and 4GF. GroupNorm stands
-    in for its BatchNorm, so that what becomes of an image does not hang on the others of its batch.
+    wide as a token, and a projection: 2106.14881, section 3, of the widths of its ViT_C-1GF and 4GF, with its BatchNorm
+    (1502.03167): in training, what becomes of an image hangs on the others of its batch, or of the part of it that is
+    worked through at once; in evaluation, on averages of what training met.
 
     `stem_units` more, of stride 1, stand in front of the last of these, where h = w = 2 √N and W = D / 2: two cells
     along each side of a patch. Each adds its result to what it is given (1512.03385, equation 1); those of stride 1 in
@@ -52,7 +55,7 @@ class ResidualUnit(nn.Module):
 
 def convolution(before: int, width: int, stride: int) -> tuple[nn.Module, ...]:
     """A 3×3 convolution from so many channels to so many, its norm and its ReLU."""
-    norm = nn.GroupNorm(math.gcd(GROUPS, width), width, GROUP_NORM_EPS)
+    norm = nn.BatchNorm2d(width, momentum=BATCH_NORM_MOMENTUM)
     return nn.Conv2d(before, width, 3, stride, padding=1, bias=False), norm, nn.ReLU()
 
 
