@@ -63,12 +63,16 @@ def test_every_image_comes_once_an_epoch_across_the_borders_of_batches() -> None
     assert [batches.first_step(epoch) for epoch in range(4)] == [0, 4, 7, 10]
 
 
+def sides(batches: TrainingBatches) -> list[int]:
+    return [batches.stretch(step).side for step in range(batches.steps)]
+
+
 def test_images_are_smaller_in_the_first_share_of_the_steps() -> None:
     recipe = replace(RECIPE, batch_size=12, patch_size=2, first_size=4, first_share=0.7)
     growing, full = batches_of(SQUARES, recipe), batches_of(SQUARES, replace(recipe, first_size=None))
-    assert [growing.size(step) for step in range(growing.steps)] == [4, 4, 4, 4, 8]  # 0.7 of 5 steps are 3.5
+    assert sides(growing) == [4, 4, 4, 4, 8]  # 0.7 of 5 steps are 3.5
     for step in range(growing.steps + 1):
-        assert growing.pixels_left(step) == sum(12 * growing.size(later) ** 2 for later in range(step, growing.steps))
+        assert growing.pixels_left(step) == sum(12 * side**2 for side in sides(growing)[step:])
         assert full.pixels_left(step) == 12 * 64 * (full.steps - step)
     small, large = next(growing.parts(0))[0], next(full.parts(0))[0]
     rows = torch.zeros(4, 10)
@@ -83,14 +87,22 @@ def test_squares_are_cut_out_of_images_between_the_small_and_the_whole_ones() ->
     recipe = replace(RECIPE, batch_size=6, patch_size=2, crop=2, crop_size=4, last_share=0.25)
     cut, whole = batches_of(SQUARES, recipe), batches_of(SQUARES, replace(recipe, crop_size=None))
     assert cut.steps == 10
-    assert [cut.size(step) for step in range(10)] == 7 * [4] + 3 * [8]  # 0.25 of 10 steps are 2.5
+    assert sides(cut) == 7 * [4] + 3 * [8]  # 0.25 of 10 steps are 2.5
     assert torch.equal(next(cut.parts(6))[0], next(whole.parts(6))[0][:, :, 2:6, 2:6])
     assert torch.equal(next(cut.parts(7))[0], next(whole.parts(7))[0])
     grown = batches_of(SQUARES, replace(recipe, first_size=6, first_share=0.3))
-    assert [grown.size(step) for step in range(10)] == 3 * [6] + 4 * [4] + 3 * [8]
-    assert [grown.scale(step) for step in range(10)] == 3 * [6] + 7 * [8]  # what is cut out is as large as it was
+    assert sides(grown) == 3 * [6] + 4 * [4] + 3 * [8]
+    assert [grown.stretch(step).whole for step in range(10)] == 3 * [6] + 7 * [8]  # what is cut out is not shrunk
     for step in range(11):
-        assert grown.pixels_left(step) == sum(6 * grown.size(later) ** 2 for later in range(step, 10))
+        assert grown.pixels_left(step) == sum(6 * side**2 for side in sides(grown)[step:])
+    # Squares as large as the small images are cut out of large ones all the same
+    alike = batches_of(SQUARES, replace(recipe, first_size=4, first_share=0.3))
+    assert [alike.stretch(step).whole for step in range(10)] == 3 * [4] + 7 * [8]
+    assert torch.equal(next(alike.parts(6))[0], next(cut.parts(6))[0])
+    # Shares that rounding makes overlap: the first has its steps
+    short = batches_of(SQUARES, replace(recipe, epochs=1, first_size=6, first_share=0.5, last_share=0.45))
+    assert short.steps == 4
+    assert sides(short) == [6, 6, 8, 8]
 
 
 def test_a_batch_larger_than_the_data_set_is_filled() -> None:

@@ -34,6 +34,7 @@ from vitrail.weights.checkpoint import Run
 from vitrail.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
+MEASURED = "patch_embedding.layers.1.running_mean"
 # For digits, and seconds, instead of the recipe's photographs
 QUICK: dict[str, Any] = {
     "data": "digits", "image_size": 24, "flip": "none", "resized_crop": 0.0, "batch_size": 32, "warmup": 0.1,
@@ -199,10 +200,17 @@ def test_a_stem_and_the_rate_of_its_kernels_go_with_the_weights(trained: Path, t
     assert (plain.recipe.stem, plain.recipe.stem_units, plain.recipe.stem_rate) == ("patch", 0, 1.0)
     assert plain.set_by["stem_rate"] == "weights"
     run = Run.create(tmp_path / "run")
-    run.save_model(VisionTransformer(replace(SMALL, stem="convolutions", stem_units=1)), tuple("abc"))
+    model = VisionTransformer(replace(SMALL, stem="convolutions", stem_units=1))
+    model(torch.randn(4, 3, SMALL.image_size, SMALL.image_size))  # which BatchNorm measures
+    run.save_model(model, tuple("abc"))
     given = {"data": "digits", "optimizer": "muon", "stem_rate": 3.0, "stem_units": 1}
-    stemmed = begin(resolve(FINE_TUNE, **given), run.path).resolved.recipe
+    start = begin(resolve(FINE_TUNE, **given), run.path)
+    stemmed = start.resolved.recipe
     assert (stemmed.stem, stemmed.stem_units, stemmed.stem_rate) == ("convolutions", 1, 3.0)
+    filled = VisionTransformer(model.config)
+    start.fill(filled)
+    assert torch.equal(filled.get_buffer(MEASURED), model.get_buffer(MEASURED))
+    assert model.get_buffer(MEASURED).abs().max() > 0
     with pytest.raises(BadInput, match=r"stem_units is 2, and with the weights of .* it is 1"):
         begin(resolve(FINE_TUNE, **given | {"stem_units": 2}), run.path)
     with pytest.raises(BadInput, match="stem_rate does nothing unless stem is convolutions"):

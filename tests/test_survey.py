@@ -141,6 +141,14 @@ def test_views_are_those_of_training_and_stay_with_their_image() -> None:
     assert [row.name for row in shown()] == [first.names[i] for i in order[:4]]  # those that training begins with
 
 
+def test_views_are_of_each_stretch_of_a_run() -> None:
+    growing: dict[str, Any] = {"first_size": 4, "first_share": 0.5, "crop_size": 8, "last_share": 0.1, "epochs": 20}
+    for row in shown(views=5, **growing):
+        assert [len(view.pixels) for view in row.views] == [4, 4, 8, 8, 16]
+    for row in shown(views=5, **growing | {"epochs": 3, "last_share": 0.3}):  # two more than there are steps
+        assert [len(view.pixels) for view in row.views] == [4, 4, 16, 16, 16]
+
+
 def test_views_are_a_function_of_the_seed() -> None:
     settings: dict[str, Any] = {"rotate": 30.0, "policy": "rand-augment", "erase": 0.5, "mixup": 1.0, "cutmix": 1.0}
     once, again, other = (shown(seed=seed, **settings) for seed in (5, 5, 6))

@@ -284,11 +284,15 @@ class Recipe:
                     f"{name} is {side}; with {cells} and images of {self.image_size} pixels it may be "
                     f"{', '.join(map(str, smaller)) or 'nothing, so leave it out'}."
                 )
-        shrunk = self.first_share if self.first_size is not None else 0
-        if self.crop_size is not None and shrunk + self.last_share >= 1:
+        before = self.first_share if self.first_size is not None else 0
+        if self.crop_size is not None and before + self.last_share >= 1:
+            shares = "first_share and last_share are" if before else "last_share is"
             raise BadInput(
-                f"crop_size is {self.crop_size}, and no step is left for it: first_share and last_share are all of "
-                "them; take less."
+                f"crop_size is {self.crop_size}, and no step is left for it: {shares} all of them; take less."
+            )
+        if self.crop_size is not None and self.cutmix:
+            raise BadInput(
+                "crop_size cuts away some of what cutmix pastes, which labels count in; leave one of them out."
             )
         if self.crop >= self.image_size:
             raise BadInput(f"crop is {self.crop}, as large as the image ({self.image_size} pixels); take less.")

@@ -6,7 +6,7 @@ told has been told already.
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,11 +79,12 @@ class World:
             dist.broadcast_object_list(said, src=0)
         return said[0]
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Put what the first process has into the tensors of all, in place."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+    def level(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean of what the processes have into the tensors of each, in place: all of one kind, in one go."""
+        if self.size > 1 and tensors:
+            means = self.total(torch.cat([tensor.flatten() for tensor in tensors])) / self.size
+            for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def after_first_here(self, work: Callable[[], Found]) -> Found:
         """`work`, by one process of each machine, and then by the others, which find there what it left."""

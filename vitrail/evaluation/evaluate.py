@@ -115,7 +115,6 @@ def predict_split(
     The processes of a `world` do equal parts of the work, and each returns the whole. The model is left in evaluation
     mode."""
     model.eval()
-    world.spread(model.buffers())  # of BatchNorm, which each process measures on its own images
     labels, predicted, probabilities, losses = [], [], [], []
     with track(len(world.share(len(pixels))), "evaluating", "images") as advance:
         for batch, label in evaluation_batches(pixels, batch_size or images_at_once(model), mean, std, world, side):

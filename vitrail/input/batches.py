@@ -1,5 +1,5 @@
 """Batches on the training device. Order and augmentation are pure functions of (seed, step): nothing has to be saved
-to go on in the middle of an epoch, and nothing depends on how a batch is divided.
+to go on in the middle of an epoch, and none of it depends on how a batch is divided.
 
     B batch    S side of the image, in pixels
 """
@@ -50,6 +50,16 @@ def stream_seed(seed: int, stream: Stream, number: int) -> int:
 def generator(seed: int, stream: Stream, number: int) -> torch.Generator:
     """A fresh generator, on the processor whatever the device, so that every device draws the same numbers."""
     return torch.Generator().manual_seed(stream_seed(seed, stream, number))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps, one behind the other, in which images are shrunk to `whole` pixels a side where they are larger, and in
+    which the model sees squares of `side` pixels in the middle of them."""
+
+    steps: range
+    whole: int
+    side: int
 
 
 class Stopwatch:
@@ -180,32 +190,29 @@ class TrainingBatches:
         """The least number of equal parts from `least` up; the most there can be, if that is less."""
         return equal_parts(self.most_parts, least)
 
-    @property
-    def stretches(self) -> list[tuple[int, int]]:
-        """The whole run by the side of the images that the model sees: the step that ends each stretch, and that side.
-        First images shrunk to `first_size` (2104.00298, section 4), then squares of `crop_size` cut out of them, and at
-        last whole ones (1906.06423, section 4.1), as far as the recipe has them."""
-        recipe, steps = self.recipe, self.steps
-        shrunk = [] if recipe.first_size is None else [(math.ceil(recipe.first_share * steps), recipe.first_size)]
-        cut = [] if recipe.crop_size is None else [(steps - math.ceil(recipe.last_share * steps), recipe.crop_size)]
-        return [*shrunk, *cut, (steps, self.pixels.size)]
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """The run by the size of the images that the model sees, as far as the recipe has each: small ones (2104.00298,
+        section 4), squares cut out of large ones, and these at last (1906.06423, whose last steps train nothing but
+        the head and the norms)."""
+        recipe, steps, whole = self.recipe, self.steps, self.pixels.size
+        small, large = math.ceil(recipe.first_share * steps), math.ceil(recipe.last_share * steps)
+        found = []
+        if recipe.first_size is not None:
+            found.append(Stretch(range(small), recipe.first_size, recipe.first_size))
+        if recipe.crop_size is not None:
+            found.append(Stretch(range(found[-1].steps.stop if found else 0, steps - large), whole, recipe.crop_size))
+        begins = max((stretch.steps.stop for stretch in found), default=0)
+        return [*found, Stretch(range(begins, steps), whole, whole)]
 
-    def size(self, step: int) -> int:
-        """Side of the images that the model sees in a step; behind the last, that of whole images."""
-        return next((side for end, side in self.stretches if step < end), self.pixels.size)
-
-    def scale(self, step: int) -> int:
-        """Side of the whole images that those of a step are, or are cut out of: small ones while they are shrunk."""
-        side = self.size(step)
-        return side if side == self.recipe.first_size else self.pixels.size
+    def stretch(self, step: int) -> Stretch:
+        """That of a step; behind the run's last step, its last."""
+        return next((stretch for stretch in self.stretches if step in stretch.steps), self.stretches[-1])
 
     def pixels_left(self, step: int) -> int:
         """Pixels of all images that the model sees from a step on."""
-        begins, left = step, 0
-        for end, side in self.stretches:
-            left += max(0, end - begins) * side**2
-            begins = max(begins, end)
-        return self.recipe.batch_size * left
+        left = (len(range(max(step, s.steps.start), s.steps.stop)) * s.side**2 for s in self.stretches)
+        return self.recipe.batch_size * sum(left)
 
     def rows(self) -> list[slice]:
         """The rows of each batch that this process works through, in `divided_by` equal parts."""
@@ -230,11 +237,11 @@ class TrainingBatches:
             draws = draw(self.recipe, len(index), generator(self.recipe.seed, "augmentation", step))
             if self.recipe.flip == "alternate":
                 draws = replace(draws, mirrored=self.directions(step))
-        side = self.size(step)
+        stretch = self.stretch(step)
         for rows in self.rows():
             with self.watch.running():
                 images, targets = self.make(index[rows], draws.part(rows))
-                images = middle(shrunk(images, self.scale(step)), side)
+                images = middle(shrunk(images, stretch.whole), stretch.side)
             yield images, targets
 
     def make(self, index: Int[Tensor, " b"], draws: Draws) -> tuple[Float[Tensor, "b 3 S S"], Targets]:

@@ -7,6 +7,7 @@ step, step s is epoch s, and whatever is mixed is in sight.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,8 @@ class Sample:
 
 def samples(train: Split, recipe: Recipe, count: int, views: int) -> list[Sample]:
     """The first images that training takes, `count` of them or one less where it mixes pairs, and the views of each in
-    its first epochs and in its last, half of each: the images may grow while a run goes on. The same for the same
-    recipe and seed, on the processor whatever the recipe's device."""
+    the first epochs of each stretch of the run: the images may grow while it goes on. The same for the same recipe and
+    seed, on the processor whatever the recipe's device."""
     count = min(count, len(train))
     count -= count % 2 if recipe.mixes else 0
     recipe, cpu = replace(recipe, batch_size=count, accumulate=1, repeats=1), torch.device("cpu")
@@ -69,15 +70,22 @@ def samples(train: Split, recipe: Recipe, count: int, views: int) -> list[Sample
         Images.pack([train.image(i) for i in chosen], [train.names[i] for i in chosen]), labels=train.labels[chosen]
     )
     batches = TrainingBatches(Pixels(few, recipe.image_size, cpu), recipe)
-    late = min(views // 2, max(recipe.epochs - views, 0))
     seen: list[list[View]] = [[] for _ in chosen]
-    for step in (*range(views - late), *range(recipe.epochs - late, recipe.epochs)):
+    for step in views_at(batches, views):
         ((images, targets),) = batches.parts(step)
         shown = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         shares = zip(targets.labels.tolist(), targets.others.tolist(), targets.share.tolist(), strict=True)
         for place, pixels, of in zip(batches.order(step).tolist(), shown, shares, strict=True):
             seen[place].append(View(pixels, *of))
     return [Sample(few.image(i), few.names[i], int(few.labels[i]), tuple(of)) for i, of in enumerate(seen)]
+
+
+def views_at(batches: TrainingBatches, views: int) -> list[int]:
+    """So many steps: the first of each stretch, then the second of each, and so on; and where the run is shorter, those
+    that would follow."""
+    turns = zip_longest(*(stretch.steps for stretch in batches.stretches))
+    steps = [step for turn in turns for step in turn if step is not None][:views]
+    return sorted([*steps, *range(batches.steps, batches.steps + views - len(steps))])
 
 
 def tiles(rows: Sequence[Sample], classes: Sequence[str], limit: int) -> list[dict[str, Any]]:

@@ -112,10 +112,10 @@ class RunningAverage:
         """Take in the weights behind a step, counted from 0."""
         if self.weights:
             share = 1 - min(self.decay, (1 + step) / (10 + step))
-            weights = dict(self.model.named_parameters())
-            torch._foreach_lerp_([self.weights[name] for name in weights], list(weights.values()), share)
-            for name, tensor in measured(self.model).items():  # whole, where fsdp leaves parts of weights
-                self.weights[name].lerp_(tensor, share)
+            # Apart, for with fsdp weights are parts, and what is measured is whole.
+            for now in (dict(self.model.named_parameters()), measured(self.model)):
+                if now:
+                    torch._foreach_lerp_([self.weights[name] for name in now], list(now.values()), share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

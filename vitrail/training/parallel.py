@@ -66,8 +66,10 @@ def replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     the gradients of all processes while they are computed."""
     if world.size == 1 or recipe.parallel == "fsdp":
         return model
-    # Of a model that is pre-trained, nothing reads the head.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=recipe.self_supervised)
+    # Buffers are BatchNorm's, which a step levels (step.py). Of a model that is pre-trained, nothing reads the head.
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=recipe.self_supervised
+    )
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -127,5 +129,5 @@ def ordinary(model: Model, world: World) -> Model:
         return model
     with torch.device("meta"):
         copy = models.build(model.config)
-    copy.load_state_dict(weights, assign=True)
+    copy.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
     return copy

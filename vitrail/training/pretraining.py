@@ -215,7 +215,7 @@ def decoder_config(recipe: Recipe) -> ViTConfig:
     Raises:
         BadInput: there can be no such decoder, or each image is a single patch.
     """
-    if min(recipe.image_size, recipe.first_size or recipe.image_size) < 2 * recipe.patch_size:
+    if min(size for size in (recipe.image_size, recipe.first_size, recipe.crop_size) if size) < 2 * recipe.patch_size:
         raise BadInput(
             f"pre-training predicts patches from others, and images with patches of {recipe.patch_size} pixels are "
             "one; take a smaller patch_size or larger images."

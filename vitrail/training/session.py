@@ -23,7 +23,7 @@ from vitrail.process import kept_memory_as_it_is, peak_memory
 from vitrail.progress import counted, say
 from vitrail.recipes import Resolved
 from vitrail.training.books import Books
-from vitrail.training.optimize import RunningAverage, learning_rate
+from vitrail.training.optimize import RunningAverage, averaged, learning_rate
 from vitrail.training.parallel import finite, ordinary, replicate, whole
 from vitrail.training.pretraining import Pretraining, Trainee, judge_reconstruction
 from vitrail.training.resume import Progress, state_of
@@ -101,7 +101,7 @@ class Session:
     def left(self) -> float:
         """Seconds to the end of the run, at the rate of the latest steps (of pixels: they may grow) and evaluation."""
         progress, recipe, batches = self.progress, self.recipe, self.batches
-        images = batches.pixels_left(progress.step) / batches.size(max(0, progress.step - 1)) ** 2
+        images = batches.pixels_left(progress.step) / batches.stretch(max(0, progress.step - 1)).side ** 2
         evaluations = recipe.epochs * (1 - progress.step / batches.steps)
         return images / self.images_per_second + evaluations * self.evaluation_seconds
 
@@ -214,7 +214,7 @@ class Session:
         """Evaluate, leave a line of figures behind, and start the next epoch's count. Returns what can be reported of
         the weights: nothing where they were judged by small images."""
         progress, recipe = self.progress, self.recipe
-        side = self.batches.scale(progress.step - 1)
+        side = self.batches.stretch(progress.step - 1).whole
         began = time.perf_counter()
         judgement = self.evaluate(side)
         self.evaluation_seconds = time.perf_counter() - began
@@ -279,7 +279,7 @@ class Session:
         Raises:
             Diverged: they are not.
         """
-        bad = [name for name, weight in self.model.named_parameters() if not finite(weight)]
+        bad = [name for name, tensor in averaged(self.model).items() if not finite(tensor)]
         if any(self.world.any(bool(bad))):
             self.diverged(f"{bad[0] if bad else 'a weight'} is no longer finite after step {self.progress.step}")
         self.count()

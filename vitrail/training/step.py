@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitrail.input.batches import Targets, TrainingBatches, generator, stream_seed
 from vitrail.progress import counted, say
 from vitrail.settings import Recipe
-from vitrail.training.optimize import learning_rate
+from vitrail.training.optimize import learning_rate, measured
 from vitrail.training.parallel import synchronised
 from vitrail.training.pretraining import Masks, draw_masks
 
@@ -18,7 +18,8 @@ from vitrail.training.pretraining import Masks, draw_masks
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: TrainingBatches, step: int
 ) -> Float[Tensor, "2"]:
-    """One step: the learning rates, the gradient of the mean loss over the batch, an update of the weights.
+    """One step: the learning rates, the gradient of the mean loss over the batch, an update of the weights. What
+    BatchNorm has measured is from then on the mean over all processes.
 
     The model is a `Trainee`, or one that shares the work with other processes (`parallel.replicate`).
 
@@ -45,6 +46,7 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    batches.world.level(list(measured(model).values()))
     return batches.world.total(outcome)
 
 
@@ -76,7 +78,7 @@ def gradient(model: nn.Module, batches: TrainingBatches, step: int) -> Float[Ten
 def step_masks(batches: TrainingBatches, step: int) -> Masks:
     """What a step of pre-training hides of its whole batch: a function of the seed and the step."""
     recipe = batches.recipe
-    patches, random = (batches.size(step) // recipe.patch_size) ** 2, generator(recipe.seed, "masks", step)
+    patches, random = (batches.stretch(step).side // recipe.patch_size) ** 2, generator(recipe.seed, "masks", step)
     return draw_masks(recipe, recipe.batch_size, patches, random).to(batches.pixels.device)
 
 

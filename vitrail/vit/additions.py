@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vitrail.vit.config import ViTConfig
 
-# What the averages that evaluation normalises by take of each batch. Torch's 0.1 is of ten batches, no more, whose
-# noise shows in evaluation; less lags behind weights that move.
+# What the averages that evaluation normalises by take of each batch: they are of some twenty, where torch's 0.1 has
+# ten. Training does not depend on it.
 BATCH_NORM_MOMENTUM = 0.05
 
 

@@ -214,7 +214,7 @@ class VisionTransformer(nn.Module):
 
     def place(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
         """z_0 of embedded patches. Position embeddings are resized each time where the patches are those of images
-        smaller than the model's."""
+        smaller than the model's, shrunk or cut out of such."""
         side = math.isqrt(tokens.shape[1])
         positions: Tensor = self.position_embedding
         if side != self.config.grid:
@@ -245,8 +245,8 @@ class VisionTransformer(nn.Module):
     def attention(
         self, images: Float[Tensor, "B channels height width"], layers: int | Collection[int] | None = None
     ) -> dict[int, Float[Tensor, "B H T T"]]:
-        """As `vitrail.attention` (explain.py), but of all images at once, with gradients, and with dropout while the
-        model is in training mode."""
+        """As `vitrail.attention` (explain.py), but of all images at once, with gradients, and with dropout and
+        BatchNorm as in training while the model is in training mode."""
         each = self.each_block(images, layers)
         return {n: block.attention.weights(block.attention_norm(z)) for n, block, z in each}
 
