@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -307,9 +308,13 @@ def test_a_run_that_is_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bits
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_epochs_of_small_images_are_judged_by_small_images(objective: Objective, scans: Pixels, tmp_path: Path) -> None:
+def test_epochs_of_small_images_are_judged_by_small_images(
+    objective: Objective, scans: Pixels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings: dict[str, Any] = {"epochs": 2, "first_size": 8, "first_share": 0.6}
     run, first = pretrain(objective, tmp_path / "run", **settings), tmp_path / "first"
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert [re.findall("loss [0-9.]+ at ([0-9]+) pixels", line) for line in said] == [["8"], ["16"]]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["val_image_size"] for line in lines] == [8, 16]
     pretrain(objective, first, stop_after=1, **settings)  # the same weights as behind the other's first epoch

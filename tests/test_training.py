@@ -30,6 +30,7 @@ from vitrail.errors import BadInput, Diverged
 from vitrail.evaluation.evaluate import evaluate_run, predict_files, predict_split
 from vitrail.input.pixels import pixels_of
 from vitrail.recipes import RECIPES, resolve
+from vitrail.training import session, step
 from vitrail.training.resume import alone
 from vitrail.training.session import Result
 from vitrail.training.train import build_model
@@ -285,7 +286,7 @@ def test_what_batch_norm_measured_is_kept_averaged_and_shipped(tmp_path: Path) -
         assert torch.equal(shipped[name], kept[f"average.{name}"])
         assert not torch.equal(shipped[name], kept[f"model.{name}"])
     assert evaluate_run(second.run)["loss"] == second.results["loss"]
-    # Squares are trained on, and whole images judge: what is reported at the end is what the last of them said.
+    # Squares are trained on, and whole images judge each epoch, as they judge what is reported.
     assert json.loads((first.run / "metrics.jsonl").read_text().splitlines()[0])["val_loss"] == first.results["loss"]
 
 
@@ -486,6 +487,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
     _, errors = done.communicate(timeout=PATIENCE)
     assert done.returncode == 3
     assert "Traceback" not in errors
+
+
+def test_what_batch_norm_measured_is_not_saved_unless_it_is_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_step(model: VisionTransformer, optimizer: torch.optim.Optimizer, batches: Any, number: int) -> Tensor:
+        outcome = of_session(model, optimizer, batches, number)
+        model.get_buffer("patch_embedding.layers.1.running_var")[0] = torch.inf  # as activations beyond 1e19 leave it
+        return outcome
+
+    of_session = step.train_step
+    monkeypatch.setattr(session, "train_step", train_step)
+    with pytest.raises(Diverged, match=r"layers\.1\.running_var is no longer finite"):
+        train(tmp_path / "run", stem="convolutions", epochs=1)
 
 
 def test_settings_that_are_no_more_are_passed_over_where_they_say_what_is_so(whole: Path, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ class Recipe:
             )
         if self.crop_size is not None and self.cutmix:
             raise BadInput(
-                "crop_size cuts away some of what cutmix pastes, which labels count in; leave one of them out."
+                "crop_size cuts away some of what cutmix pastes, which labels count; set crop_size none, or cutmix 0."
             )
         if self.crop >= self.image_size:
             raise BadInput(f"crop is {self.crop}, as large as the image ({self.image_size} pixels); take less.")

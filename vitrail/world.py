@@ -79,8 +79,8 @@ class World:
             dist.broadcast_object_list(said, src=0)
         return said[0]
 
-    def level(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean of what the processes have into the tensors of each, in place: all of one kind, in one go."""
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean of what the processes have into each tensor, in place. All are of one dtype, on one device."""
         if self.size > 1 and tensors:
             means = self.total(torch.cat([tensor.flatten() for tensor in tensors])) / self.size
             for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):

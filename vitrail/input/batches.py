@@ -196,12 +196,12 @@ class TrainingBatches:
         section 4), squares cut out of large ones, and these at last (1906.06423, whose last steps train nothing but
         the head and the norms)."""
         recipe, steps, whole = self.recipe, self.steps, self.pixels.size
-        small, large = math.ceil(recipe.first_share * steps), math.ceil(recipe.last_share * steps)
+        first, last = math.ceil(recipe.first_share * steps), math.ceil(recipe.last_share * steps)
         found = []
         if recipe.first_size is not None:
-            found.append(Stretch(range(small), recipe.first_size, recipe.first_size))
+            found.append(Stretch(range(first), recipe.first_size, recipe.first_size))
         if recipe.crop_size is not None:
-            found.append(Stretch(range(found[-1].steps.stop if found else 0, steps - large), whole, recipe.crop_size))
+            found.append(Stretch(range(found[-1].steps.stop if found else 0, steps - last), whole, recipe.crop_size))
         begins = max((stretch.steps.stop for stretch in found), default=0)
         return [*found, Stretch(range(begins, steps), whole, whole)]
 

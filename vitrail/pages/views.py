@@ -22,6 +22,7 @@ from vitrail.pages.pictures import Thumbnail, fitted, percent, thumbnail
 from vitrail.settings import Recipe
 
 SEEN, VIEWS = 4, 5  # training images that a run shows beside its figures, and views of each
+SHORTEST = 4  # steps to a view at least, among which the views' are chosen
 SIDE, WIDEST = 128, 160  # of an image on the sheet, in pixels: about, for images are enlarged by whole numbers
 GAP = 8
 LINE = 16  # height of a line of text
@@ -64,14 +65,16 @@ def samples(train: Split, recipe: Recipe, count: int, views: int) -> list[Sample
     seed, on the processor whatever the recipe's device."""
     count = min(count, len(train))
     count -= count % 2 if recipe.mixes else 0
-    recipe, cpu = replace(recipe, batch_size=count, accumulate=1, repeats=1), torch.device("cpu")
+    # As many epochs, which are steps here, as it takes for each stretch to have one
+    epochs, cpu = max(recipe.epochs, SHORTEST * views), torch.device("cpu")
+    recipe = replace(recipe, batch_size=count, accumulate=1, repeats=1, epochs=epochs)
     chosen = TrainingBatches(pixels_of(train, recipe.image_size, cpu), recipe).order(0).numpy()
     few = replace(
         Images.pack([train.image(i) for i in chosen], [train.names[i] for i in chosen]), labels=train.labels[chosen]
     )
     batches = TrainingBatches(Pixels(few, recipe.image_size, cpu), recipe)
     seen: list[list[View]] = [[] for _ in chosen]
-    for step in views_at(batches, views):
+    for step in steps_shown(batches, views):
         ((images, targets),) = batches.parts(step)
         shown = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         shares = zip(targets.labels.tolist(), targets.others.tolist(), targets.share.tolist(), strict=True)
@@ -80,12 +83,10 @@ def samples(train: Split, recipe: Recipe, count: int, views: int) -> list[Sample
     return [Sample(few.image(i), few.names[i], int(few.labels[i]), tuple(of)) for i, of in enumerate(seen)]
 
 
-def views_at(batches: TrainingBatches, views: int) -> list[int]:
-    """So many steps: the first of each stretch, then the second of each, and so on; and where the run is shorter, those
-    that would follow."""
+def steps_shown(batches: TrainingBatches, views: int) -> list[int]:
+    """So many steps: the first of each stretch, then the second of each, and so on."""
     turns = zip_longest(*(stretch.steps for stretch in batches.stretches))
-    steps = [step for turn in turns for step in turn if step is not None][:views]
-    return sorted([*steps, *range(batches.steps, batches.steps + views - len(steps))])
+    return sorted([step for turn in turns for step in turn if step is not None][:views])
 
 
 def tiles(rows: Sequence[Sample], classes: Sequence[str], limit: int) -> list[dict[str, Any]]:

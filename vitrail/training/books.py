@@ -59,11 +59,11 @@ class Books:
         self.run.add_metrics(metrics)
         self.trackers.scalars(metrics, step)
         epochs, split = self.resolved.recipe.epochs, self.dataset.evaluation
+        top1 = f"  top-1 {metrics['val_top1']:.4f}" if "val_top1" in metrics else ""
         pixels = f" at {metrics['val_image_size']} pixels" if "val_image_size" in metrics else ""
-        top1 = f"top-1 {metrics['val_top1']:.4f}{pixels}  " if "val_top1" in metrics else ""
         self.display.line(
             f"epoch {metrics['epoch']:>3}/{epochs}  loss {metrics['train_loss']:.4f}  {split} loss "
-            f"{metrics['val_loss']:.4f}  {top1}{metrics['images_per_second']:,.0f} images/s, "
+            f"{metrics['val_loss']:.4f}{top1}{pixels}  {metrics['images_per_second']:,.0f} images/s, "
             f"input {metrics['input_share']:.1%}"
         )
 

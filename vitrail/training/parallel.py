@@ -66,10 +66,8 @@ def replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     the gradients of all processes while they are computed."""
     if world.size == 1 or recipe.parallel == "fsdp":
         return model
-    # Buffers are BatchNorm's, which a step levels (step.py). Of a model that is pre-trained, nothing reads the head.
-    return DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=recipe.self_supervised
-    )
+    # Of a model that is pre-trained, nothing reads the head.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=recipe.self_supervised)
 
 
 def is_part(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from vitrail.weights.files import check_shapes
 from vitrail.world import World, job
 
 # Settings that may be others from one stretch to the next: where the images and the processors are, and how these share
-# the work, which rounds otherwise, and what BatchNorm normalises by. Nothing else that is computed may.
+# the work, which changes how sums are rounded and what parts of a batch BatchNorm normalises by. Nothing else may.
 MAY_CHANGE = {"data", "device", "parallel", "stream", "accumulate", "checkpoint_activations"}
 
 

@@ -46,7 +46,7 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batches.world.level(list(measured(model).values()))
+    batches.world.mean(list(measured(model).values()))
     return batches.world.total(outcome)
 
 

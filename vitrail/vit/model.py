@@ -214,7 +214,7 @@ class VisionTransformer(nn.Module):
 
     def place(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
         """z_0 of embedded patches. Position embeddings are resized each time where the patches are those of images
-        smaller than the model's, shrunk or cut out of such."""
+        smaller than the model's: shrunk ones, or squares cut out."""
         side = math.isqrt(tokens.shape[1])
         positions: Tensor = self.position_embedding
         if side != self.config.grid:
