@@ -464,10 +464,10 @@ def test_curves_of_growing_images_say_why_they_leap(tmp_path: Path) -> None:
     assert "it saw images of 4 pixels, and was judged by images of that size." in page
     cut = {"crop_size": {"value": 6, "set_by": "recipe"}, "last_share": {"value": 0.1, "set_by": "recipe"}}
     page = " ".join(report.render(replace(record, settings=record.settings | grew | cut), None).split())
-    assert (
-        f"From there on it saw squares of 6 pixels cut out of images of {size}, and in the last 10% of its steps whole"
-        in page
-    )
+    cut_out = f"it saw squares of 6 pixels cut out of images of {size}, and in the last 10% of its steps whole ones."
+    assert f". From there on {cut_out}" in page
+    squares = report.render(replace(record, settings=record.settings | cut), None)
+    assert f" At first {cut_out}" in " ".join(squares.split())
     rows = [row | {"val_image_size": size} for row in record.epochs]  # one epoch, whose last steps are of whole images
     page = report.render(replace(record, settings=record.settings | grew, epochs=rows), None)
     assert "it saw images of 4 pixels." in page
