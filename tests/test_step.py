@@ -124,6 +124,23 @@ def test_where_memory_runs_out_the_step_is_done_in_parts(
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_first_steps_averages_of_batch_norm_are_plain_means(parts: int) -> None:
+    recipe = replace(RECIPE, stem="convolutions", accumulate=parts, epochs=15)
+    model, batches = setting(recipe)
+    optimizer, met, expected = build_optimizer(model, recipe), [], torch.zeros(())
+    norm = model.get_submodule("patch_embedding.layers.1")
+    norm.register_forward_pre_hook(lambda norm, given: met.append(given[0].double().mean((0, 2, 3))))
+    taken = 1 - 0.95**parts
+    for step in range(25):
+        met.clear()
+        train_step(model, optimizer, batches, step)
+        of_step = met[0] if parts == 1 else (0.95 * met[0] + met[1]) / 1.95
+        expected = expected + max(taken, 1 / (step + 1)) * (of_step - expected)
+        if step in (0, 1, 5, 24):  # from the twentieth on they are those of their momentum
+            torch.testing.assert_close(norm.get_buffer("running_mean").double(), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_each_weight_is_trained_at_its_own_rate() -> None:
     recipe = replace(RECIPE, optimizer="muon", lr=0.01, muon_lr=0.5, layer_decay=0.5, warmup=0.5)
     model, batches = setting(recipe)

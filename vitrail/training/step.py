@@ -1,6 +1,7 @@
 """One training step: the gradient of a batch, in as many parts as memory asks for, and an update of the weights."""
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from vitrail.settings import Recipe
 from vitrail.training.optimize import learning_rate, measured
 from vitrail.training.parallel import synchronised
 from vitrail.training.pretraining import Masks, draw_masks
+from vitrail.vit.additions import BATCH_NORM_MOMENTUM
 
 
 def train_step(
@@ -32,6 +34,7 @@ def train_step(
     recipe = batches.recipe
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step, batches.steps, group["peak"])
+    known = [tensor.clone() for tensor in measured(model).values()] if step * BATCH_NORM_MOMENTUM < 1 else []
     outcome = None
     while outcome is None:
         with contextlib.suppress(torch.OutOfMemoryError):  # which holds on to what was computed, until it is gone
@@ -46,8 +49,19 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if known:
+        catch_up(list(measured(model).values()), known, step, batches.divided_by)
     batches.world.mean(list(measured(model).values()))
     return batches.world.total(outcome)
+
+
+def catch_up(averages: Sequence[Tensor], known: Sequence[Tensor], step: int, parts: int) -> None:
+    """In the first steps, make BatchNorm's averages, which the step's parts have moved from `known` by their momentum,
+    plain means of the steps so far: a run of few steps would be evaluated by what they begin with."""
+    taken = 1 - (1 - BATCH_NORM_MOMENTUM) ** parts
+    share = max(taken, 1 / (step + 1))
+    for average, before in zip(averages, known, strict=True):
+        average.copy_(before.lerp(average, share / taken))
 
 
 def gradient(model: nn.Module, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
