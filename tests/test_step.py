@@ -141,6 +141,20 @@ def test_the_first_steps_averages_of_batch_norm_are_plain_means(parts: int) -> N
             torch.testing.assert_close(norm.get_buffer("running_mean").double(), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_where_memory_runs_out_batch_norm_does_not_measure_twice() -> None:
+    recipe = replace(RECIPE, stem="convolutions", optimizer="sgd")
+    (again, divided), (model, batches) = setting(recipe), setting(replace(recipe, accumulate=3))
+    again.room = 5
+    optimizer, other = build_optimizer(model, recipe), build_optimizer(again, recipe)
+    for step in range(2):
+        train_step(model, optimizer, batches, step)
+        train_step(again, other, divided, step)
+    assert divided.divided_by == 3
+    for name in ("running_mean", "running_var"):
+        name = f"patch_embedding.layers.1.{name}"
+        assert torch.equal(again.get_buffer(name), model.get_buffer(name))
+
+
 def test_each_weight_is_trained_at_its_own_rate() -> None:
     recipe = replace(RECIPE, optimizer="muon", lr=0.01, muon_lr=0.5, layer_decay=0.5, warmup=0.5)
     model, batches = setting(recipe)

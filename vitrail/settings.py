@@ -188,7 +188,7 @@ class Recipe:
     # 2104.00298, section 4, without its growing augmentation
     first_size: int | None = setting(None, "shrink the training images to this side at first: faster steps")
     first_share: float = setting(0.5, "the share of all steps that first_size is for")
-    # 1906.06423, section 4.1
+    # 1906.06423, whose last steps train nothing but the head and the norms
     crop_size: int | None = setting(
         None, "cut a square of this side out of the middle of each training image, shifted by crop before: faster steps"
     )

@@ -34,13 +34,16 @@ def train_step(
     recipe = batches.recipe
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step, batches.steps, group["peak"])
-    known = [tensor.clone() for tensor in measured(model).values()] if step * BATCH_NORM_MOMENTUM < 1 else []
+    averages = list(measured(model).values())
+    known = [average.clone() for average in averages]
     outcome = None
     while outcome is None:
         with contextlib.suppress(torch.OutOfMemoryError):  # which holds on to what was computed, until it is gone
             outcome = gradient(model, batches, step)
         if outcome is None:
             optimizer.zero_grad(set_to_none=True)
+            for average, before in zip(averages, known, strict=True):
+                average.copy_(before)
             torch.cuda.empty_cache()
             batches.divide()
             size = counted(recipe.batch_size // batches.divided_by, "image")
@@ -49,9 +52,8 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if known:
-        catch_up(list(measured(model).values()), known, step, batches.divided_by)
-    batches.world.mean(list(measured(model).values()))
+    catch_up(averages, known, step, batches.divided_by)
+    batches.world.mean(averages)
     return batches.world.total(outcome)
 
 
@@ -59,9 +61,10 @@ def catch_up(averages: Sequence[Tensor], known: Sequence[Tensor], step: int, par
     """In the first steps, make BatchNorm's averages, which the step's parts have moved from `known` by their momentum,
     plain means of the steps so far: a run of few steps would be evaluated by what they begin with."""
     taken = 1 - (1 - BATCH_NORM_MOMENTUM) ** parts
-    share = max(taken, 1 / (step + 1))
-    for average, before in zip(averages, known, strict=True):
-        average.copy_(before.lerp(average, share / taken))
+    share = 1 / (step + 1)
+    if share > taken:
+        for average, before in zip(averages, known, strict=True):
+            average.copy_(before.lerp(average, share / taken))
 
 
 def gradient(model: nn.Module, batches: TrainingBatches, step: int) -> Float[Tensor, "2"]:
